@@ -1,0 +1,185 @@
+"""What an H-Net is made of: one frozen dataclass per stage, and one for the whole."""
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+LAYOUT_ITEM = re.compile(r"([mMtT])([1-9][0-9]*)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """One level of the hierarchy. Stage 0 is outermost and sees bytes."""
+
+    width: int                  # model width
+    encoder: str = "m4"         # m/M = Mamba-2, t/T = attention; capitals carry a feed-forward; a count follows
+    decoder: str = "m4"         # "" at the innermost stage, whose `encoder` is the main network
+    capacity: float = 1.0       # chunk slots per token of this stage; 1 = full, which is always exact
+    num_heads: int = 0          # attention heads; 0 only where no layer is t or T
+    rotary_width: int = 0       # rotated features per attention head
+    window: int = -1            # earlier tokens attention sees; -1 = all
+    feed_forward_width: int = 0 # features inside SwiGLU; 0 only where no layer is M or T
+    ssm_state_size: int = 128   # key dimension of Mamba-2's state
+    ssm_expand: int = 2         # Mamba-2's inner width over model width
+    ssm_head_width: int = 64
+    ssm_conv_taps: int = 4
+    ssm_chunk_size: int = 64    # tokens per step of the chunkwise scan; changes speed, not results
+
+    def __post_init__(self):
+        letters = "".join(letter for letter, _ in self.encoder_runs + self.decoder_runs)
+        if set(letters) & set("tT"):
+            if self.num_heads < 1 or self.width % self.num_heads:
+                raise ValueError(
+                    f"num_heads {self.num_heads} must divide width {self.width} in a stage with attention "
+                    f"({self.encoder!r}, {self.decoder!r}); change num_heads or width")
+            if self.rotary_width % 2 or not 0 <= self.rotary_width <= self.width // self.num_heads:
+                raise ValueError(
+                    f"rotary_width {self.rotary_width} must be even and at most the head width "
+                    f"{self.width // self.num_heads}; change rotary_width")
+        if set(letters) & set("MT") and self.feed_forward_width < 1:
+            raise ValueError(
+                f"layers M and T ({self.encoder!r}, {self.decoder!r}) carry a feed-forward network; "
+                "set feed_forward_width")
+        if set(letters) & set("mM") and self.ssm_expand * self.width % self.ssm_head_width:
+            raise ValueError(
+                f"ssm_expand * width = {self.ssm_expand * self.width} is not a multiple of ssm_head_width "
+                f"{self.ssm_head_width}; change ssm_head_width or width")
+        if not 0 < self.capacity <= 1:
+            raise ValueError(f"capacity {self.capacity} is a fraction of the stage's tokens, above 0 and up to 1")
+        if self.window < -1:
+            raise ValueError(f"window {self.window} must be -1 (all) or the number of earlier tokens to see")
+
+    @property
+    def encoder_runs(self) -> tuple[tuple[str, int], ...]:
+        return parse_layout(self.encoder)
+
+    @property
+    def decoder_runs(self) -> tuple[tuple[str, int], ...]:
+        return parse_layout(self.decoder)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HNetConfig:
+    """A byte-level language model with any number of chunking stages; one stage means none."""
+
+    stages: tuple[StageConfig, ...]  # outermost first; the last is the main network
+    vocab_size: int = 256
+    tie_embeddings: bool = False
+    dtype: str = "float32"           # of activations and matmuls; parameters, states and router stay float32
+    remat: bool = False              # recompute each block in the backward pass instead of storing it
+
+    def __post_init__(self):
+        if not self.stages:
+            raise ValueError("an H-Net needs at least one stage")
+        widths = [stage.width for stage in self.stages]
+        if widths != sorted(widths):
+            raise ValueError(f"stages must not get narrower going inward; widths are {widths}")
+        for index, stage in enumerate(self.stages):
+            is_innermost = index == len(self.stages) - 1
+            if not stage.encoder:
+                raise ValueError(f"stage{index}.encoder is empty; name its layers, such as 'm4' or 'T2'")
+            if is_innermost and stage.decoder:
+                raise ValueError(
+                    f"stage{index} is innermost: its encoder is the main network and decoder must be '', "
+                    f"not {stage.decoder!r}")
+            if not is_innermost and not stage.decoder:
+                raise ValueError(f"stage{index}.decoder is empty; only the innermost stage has none")
+        if self.dtype not in ("float32", "bfloat16", "float64"):
+            raise ValueError(f"dtype {self.dtype!r} is not one of float32, bfloat16, float64")
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        return jnp.dtype(self.dtype)
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "HNetConfig":
+        """Builds a config from nested plain values; `stages` maps "stage0", "stage1", ... to their fields.
+
+        Raises:
+          ValueError: a field is unknown, or the stages are not numbered from 0.
+        """
+        fields = dict(fields)
+        stages = dict(fields.pop("stages"))
+        names = [f"stage{index}" for index in range(len(stages))]
+        if sorted(stages) != sorted(names):
+            raise ValueError(f"stages must be named {', '.join(names)}; got {', '.join(sorted(stages))}")
+        _refuse_unknown(cls, fields)
+        for name in names:
+            _refuse_unknown(StageConfig, stages[name], prefix=f"stages.{name}.")
+        return cls(stages=tuple(StageConfig(**stages[name]) for name in names), **fields)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The inverse of `from_dict`."""
+        fields = dataclasses.asdict(self)
+        fields["stages"] = {f"stage{index}": stage for index, stage in enumerate(fields["stages"])}
+        return fields
+
+    @classmethod
+    def from_official_json(cls, text: str, *, dtype: str = "float32", capacity: float = 1.0) -> "HNetConfig":
+        """Reads a config file of the official release.
+
+        Args:
+          text: the JSON; nested `arch_layout`, and per-stage or shared values for everything else.
+          capacity: chunk slots per token, for every stage that chunks; 1 = full.
+        Raises:
+          ValueError: the text is not such a config.
+        """
+        official = json.loads(text)
+        missing = {"arch_layout", "d_model", "vocab_size"} - set(official)
+        if missing:
+            raise ValueError(f"not an official H-Net config: it lacks {', '.join(sorted(missing))}")
+        layouts = _unnest(official["arch_layout"])
+        ssm, attention = official.get("ssm_cfg", {}), official.get("attn_cfg", {})
+        stages = []
+        for index, (encoder, decoder) in enumerate(layouts):
+
+            def pick(source, key, default, index=index):
+                value = source.get(key, default)
+                return value[index] if isinstance(value, list) else value
+
+            stages.append(StageConfig(
+                width=pick(official, "d_model", None),
+                encoder=encoder,
+                decoder=decoder,
+                capacity=capacity,
+                num_heads=pick(attention, "num_heads", 0),
+                rotary_width=pick(attention, "rotary_emb_dim", 0),
+                window=pick(attention, "window_size", -1),
+                # The release rounds the width of SwiGLU up to a multiple of 128.
+                feed_forward_width=-(-pick(official, "d_intermediate", 0) // 128) * 128,
+                ssm_state_size=pick(ssm, "d_state", 128),
+                ssm_expand=pick(ssm, "expand", 2),
+                ssm_conv_taps=pick(ssm, "d_conv", 4),
+            ))
+        return cls(stages=tuple(stages), vocab_size=official["vocab_size"], dtype=dtype,
+                   tie_embeddings=official.get("tie_embeddings", False))
+
+
+def parse_layout(layout: str) -> tuple[tuple[str, int], ...]:
+    """Splits "T1m4" into (("T", 1), ("m", 4)).
+
+    Raises:
+      ValueError: something other than letters m, M, t, T, each with a count.
+    """
+    if LAYOUT_ITEM.sub("", layout):
+        raise ValueError(f"layout {layout!r} must be letters m, M, t or T, each followed by a count, as in 'T1m4'")
+    return tuple((letter, int(count)) for letter, count in LAYOUT_ITEM.findall(layout))
+
+
+def _unnest(layout: list) -> list[tuple[str, str]]:
+    """["m4", ["T22"], "m4"] -> [("m4", "m4"), ("T22", "")], outermost first."""
+    if len(layout) == 1 and isinstance(layout[0], str):
+        return [(layout[0], "")]
+    if len(layout) == 3 and isinstance(layout[1], list):
+        return [(layout[0], layout[2]), *_unnest(layout[1])]
+    raise ValueError(f"arch_layout {layout!r} must be [layers] or [encoder, [inner], decoder]")
+
+
+def _refuse_unknown(kind: type, fields: Mapping[str, Any], prefix: str = "") -> None:
+    known = [field.name for field in dataclasses.fields(kind)]
+    unknown = sorted(set(fields) - set(known))
+    if unknown:
+        raise ValueError(f"unknown model field {prefix}{unknown[0]}; {kind.__name__} has {', '.join(known)}")

@@ -1,0 +1,24 @@
+"""The letters that name axes, and the array annotations built from them.
+
+  b  sequences in the batch     t  positions at this stage (queries)     s  key/value positions
+  d  model width                h  heads      g  groups of heads that share keys
+  k  width of a query/key head (Mamba's state size)                      v  width of a value head
+  c  chunk slots, c <= t; slots past the last chunk are padding
+  w  taps of a convolution
+
+`segment_ids` [b, t] say which tokens belong together: 0 is padding, anywhere in a row; non-zero ids are
+contiguous and unique within a row. Every op here takes them with this one meaning, and nothing
+crosses from one segment into another. Their arithmetic is in `segments.py`.
+"""
+import jax
+import numpy as np
+from beartype import beartype
+from jaxtyping import Bool, Float, Int, jaxtyped
+
+__all__ = ["Array", "Bool", "Float", "Int", "typed"]
+
+Array = jax.Array | np.ndarray
+
+# Checks shapes and dtypes while tracing, so a compiled step pays nothing. Not for pytree classes:
+# tree.map, vmap and float0 cotangents rebuild those with leaves that are no arrays.
+typed = jaxtyped(typechecker=beartype)

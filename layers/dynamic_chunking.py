@@ -1,0 +1,201 @@
+"""Dynamic chunking: a router cuts a sequence into chunks, an inner network sees one vector per chunk.
+
+H-Net (arXiv 2507.07955), section 2.2, with the conventions of the released code where the two differ.
+Everything has a static shape: a row of t tokens owns a fixed number of chunk slots, its chunks fill
+the first of them in order, and slots beyond carry segment id 0, that is, they are padding.
+
+  p    = boundary_probability(q, k, segment_ids)            routing             [b, t]
+  plan = assign_chunks(p > 0.5, segment_ids, capacity)      who owns which slot
+  z    = inner network on chunk(x, plan)                                        [b, c, d]
+  y    = dechunk(z, p, plan) * straight_through(...)        smoothing, upsampling [b, t, d]
+"""
+from typing import Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from layers.array_types import Array, Bool, Float, Int, typed
+from layers.segments import segment_starts
+
+# The release clamps the smoothing weight to [1e-4, 1 - 1e-4], so even a first chunk counts 0.9999.
+MIN_SMOOTHING = 1e-4
+
+SmoothingImplementation = Literal["auto", "reference", "associative"]
+
+
+@typed
+def boundary_probability(
+    query: Float[Array, "b t d"], key: Float[Array, "b t d"], segment_ids: Int[Array, "b t"]
+) -> Float[Array, "b t"]:
+    """Returns p_t = (1 - cos(query_{t-1}, key_t)) / 2 in float32: neighbours that differ start a chunk.
+
+    Eq. 4, with the query on the earlier token as in the release (the paper writes the opposite). p is 1 at the
+    first token of every segment, without a gradient, and 0 at padding.
+    """
+    previous = _normalise(query[:, :-1])
+    cosine = jnp.einsum("btd,btd->bt", previous, _normalise(key[:, 1:]))
+    p = jnp.pad((1 - cosine) / 2, ((0, 0), (1, 0)))
+    # Not jnp.clip, which halves the gradient at a tie; and a cosine of exactly 1 is common (a repeated byte).
+    p = jnp.where(p < 0, 0.0, jnp.where(p > 1, 1.0, p))
+    return jnp.where(segment_ids == 0, 0.0, jnp.where(segment_starts(segment_ids), 1.0, p))
+
+
+def _normalise(x: jax.Array) -> jax.Array:
+    """x / max(|x|, 1e-12) in float32, with a gradient of 0 rather than NaN where x is 0."""
+    x = x.astype(jnp.float32)
+    square = jnp.sum(x * x, axis=-1, keepdims=True)
+    is_zero = square == 0
+    norm = jnp.sqrt(jnp.where(is_zero, 1.0, square))
+    return jnp.where(is_zero, 0.0, x / jnp.maximum(norm, 1e-12))
+
+
+class ChunkPlan(NamedTuple):
+    """Which chunk slot each token starts and reads, for one row length t and one capacity c."""
+
+    starts_chunk: jax.Array  # [b, t] bool: boundaries that got a slot
+    slot: jax.Array          # [b, t] int32: the slot a token reads; c where there is none
+    token: jax.Array         # [b, c] int32: the token that starts the chunk in each slot; t if empty
+    segment_ids: jax.Array   # [b, c] int32: the chunk's segment; 0 for an empty slot
+    num_overflow: jax.Array  # [b] int32: boundaries past the capacity; their tokens join the chunk before
+
+
+@typed
+def assign_chunks(
+    boundary_mask: Bool[Array, "b t"], segment_ids: Int[Array, "b t"], capacity: int
+) -> ChunkPlan:
+    """Gives the first `capacity` boundaries of each row a slot, in order.
+
+    Which boundaries stay depends on earlier tokens alone, so training and decoding agree. A token whose own
+    segment has no chunk yet (its first boundary overflowed) reads no slot, never another segment's.
+
+    Raises:
+      ValueError: capacity is not in 1 .. t.
+    """
+    num_rows, length = boundary_mask.shape
+    if not 1 <= capacity <= length:
+        raise ValueError(f"capacity {capacity} must be between 1 and the {length} tokens of a row")
+    boundary_mask = boundary_mask & (segment_ids != 0)
+    rank = jnp.cumsum(boundary_mask, axis=1, dtype=jnp.int32) - 1
+    starts_chunk = boundary_mask & (rank < capacity)
+
+    row = jnp.arange(num_rows)[:, None]
+    target = jnp.where(starts_chunk, rank, capacity)  # one past the end is dropped
+    index = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), boundary_mask.shape)
+    token = jnp.full((num_rows, capacity), length, jnp.int32).at[row, target].set(index, mode="drop")
+    chunk_ids = jnp.take_along_axis(segment_ids, token, axis=1, mode="fill", fill_value=0)
+
+    slot = jnp.clip(rank, 0, capacity - 1)
+    may_read = (jnp.take_along_axis(chunk_ids, slot, axis=1) == segment_ids) & (segment_ids != 0)
+    num_overflow = jnp.maximum(jnp.sum(boundary_mask, axis=1, dtype=jnp.int32) - capacity, 0)
+    return ChunkPlan(starts_chunk, jnp.where(may_read, slot, capacity), token, chunk_ids, num_overflow)
+
+
+@typed
+def chunk(x: Float[Array, "b t d"], plan: ChunkPlan) -> Float[Array, "b c d"]:
+    """Takes the vector of each chunk's first token (section 2.2.1, downsampler); empty slots are 0."""
+    return jnp.take_along_axis(x, plan.token[:, :, None], axis=1, mode="fill", fill_value=0)
+
+
+@typed
+def dechunk(
+    z: Float[Array, "b c d"],
+    boundary_prob: Float[Array, "b t"],
+    plan: ChunkPlan,
+    *,
+    implementation: SmoothingImplementation = "auto",
+) -> Float[Array, "b t d"]:
+    """Smooths the chunks by their confidence and hands each token the value of its chunk, in float32.
+
+    Smoothing (eq. 5): s_c = p_c z_c + (1 - p_c) s_{c-1}, with p clamped to [1e-4, 1 - 1e-4] and s reset to 0 at
+    each segment. Upsampling (eq. 8): token t receives s of the chunk it is in; 0 if it is in none.
+    """
+    p = jnp.take_along_axis(boundary_prob.astype(jnp.float32), plan.token, axis=1, mode="fill", fill_value=0)
+    smoothed = smooth(z, p, segment_starts(plan.segment_ids), implementation=implementation)
+    return jnp.take_along_axis(smoothed, plan.slot[:, :, None], axis=1, mode="fill", fill_value=0)
+
+
+@typed
+def smooth(
+    z: Float[Array, "b c d"],
+    p: Float[Array, "b c"],
+    restarts: Bool[Array, "b c"],
+    *,
+    implementation: SmoothingImplementation = "auto",
+) -> Float[Array, "b c d"]:
+    """Runs s_c = p_c z_c + (1 - p_c) s_{c-1} in float32; s_{c-1} counts as 0 where `restarts`.
+
+    Args:
+      implementation: "reference" steps chunk by chunk, "associative" is a parallel scan; "auto" means
+        "associative".
+    """
+    p = jnp.where(p < MIN_SMOOTHING, MIN_SMOOTHING, jnp.where(p > 1 - MIN_SMOOTHING, 1 - MIN_SMOOTHING, p))
+    keep = jnp.where(restarts, 0.0, 1 - p)[:, :, None]
+    write = p[:, :, None] * z.astype(jnp.float32)
+    if implementation == "reference":
+        return _scan_reference(keep, write)
+    return jax.lax.associative_scan(_compose, (jnp.broadcast_to(keep, write.shape), write), axis=1)[1]
+
+
+def _scan_reference(keep: jax.Array, write: jax.Array) -> jax.Array:
+    def step(s, inputs):
+        keep_c, write_c = inputs
+        s = keep_c * s + write_c
+        return s, s
+
+    by_chunk = jnp.swapaxes(keep, 0, 1), jnp.swapaxes(write, 0, 1)  # [c, b, d]
+    return jnp.swapaxes(jax.lax.scan(step, jnp.zeros_like(write[:, 0]), by_chunk)[1], 0, 1)
+
+
+def _compose(first, second):
+    """Two steps s -> keep * s + write as one."""
+    return first[0] * second[0], second[0] * first[1] + second[1]
+
+
+@typed
+def straight_through(p: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
+    """Exactly 1 in the forward pass, with the gradient of `p` (eq. 7)."""
+    return 1 + (p - jax.lax.stop_gradient(p))
+
+
+@typed
+def ratio_loss(
+    boundary_prob: Float[Array, "b t"],
+    boundary_mask: Bool[Array, "b t"],
+    mask: Bool[Array, "b t"],
+    target: float | Float[Array, ""],
+) -> Float[Array, ""]:
+    """Pulls the fraction of boundaries towards 1 / target (eq. 10); it is 1 there.
+
+    With F the fraction of real tokens that are boundaries, which carries no gradient, and G their mean probability:
+    target / (target - 1) * ((target - 1) F G + (1 - F)(1 - G)).
+
+    Args:
+      mask: True = a real token; means run over those, across the whole batch.
+      target: tokens per chunk to aim at, > 1.
+    """
+    count = jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1)
+    f = jnp.sum(boundary_mask & mask, dtype=jnp.float32) / count
+    g = jnp.sum(jnp.where(mask, boundary_prob, 0), dtype=jnp.float32) / count
+    return target / (target - 1) * ((target - 1) * f * g + (1 - f) * (1 - g))
+
+
+class Router(nn.Module):
+    """Boundary probabilities from learned projections of neighbouring tokens, in float32.
+
+    Both projections start as the identity: at first p is the raw cosine distance of neighbours.
+    """
+
+    @nn.compact
+    @typed
+    def __call__(
+        self, x: Float[Array, "b t d"], segment_ids: Int[Array, "b t"]
+    ) -> Float[Array, "b t"]:
+        def project(name):
+            identity = nn.with_logical_partitioning(
+                lambda key, shape, dtype=jnp.float32: jnp.eye(*shape, dtype=dtype), ("embed", None))
+            return nn.Dense(
+                x.shape[-1], use_bias=False, dtype=jnp.float32, precision=jax.lax.Precision.HIGHEST,
+                kernel_init=identity, name=name)(x)
+
+        return boundary_probability(project("query"), project("key"), segment_ids)

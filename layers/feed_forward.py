@@ -1,0 +1,34 @@
+"""SwiGLU, the gated feed-forward network."""
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from layers.array_types import Array, Float, typed
+
+
+class SwiGLU(nn.Module):
+    """Computes W_out (silu(W_gate x) * W_value x), without biases (arXiv 2002.05202, eq. 6).
+
+    Attributes:
+      width: features between the projections.
+      init_std, out_init_std: standard deviations of the input and output projections at the start.
+    """
+
+    width: int
+    init_std: float = 0.02
+    out_init_std: float = 0.02
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    @typed
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        normal, partitioned = nn.initializers.normal, nn.with_logical_partitioning
+        value_gate = nn.DenseGeneral(
+            (2, self.width), use_bias=False, dtype=self.dtype, name="value_gate",
+            kernel_init=partitioned(normal(self.init_std), ("embed", None, "mlp")),
+        )(x)
+        value, gate = value_gate[..., 0, :], value_gate[..., 1, :]
+        return nn.Dense(
+            x.shape[-1], use_bias=False, dtype=self.dtype, name="out",
+            kernel_init=partitioned(normal(self.out_init_std), ("mlp", "embed")),
+        )(jax.nn.silu(gate) * value)

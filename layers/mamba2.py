@@ -1,0 +1,108 @@
+"""Mamba-2, the mixer of H-Net's outer stages (arXiv 2405.21060, section 7)."""
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from layers.array_types import Array, Float, Int, typed
+from layers.causal_conv import CausalDepthwiseConv
+from layers.norms import rms_norm
+from layers.ssd import SSDImplementation, ssd_scan
+
+
+class Mamba2State(NamedTuple):
+    """What a Mamba-2 layer carries from one token to the next."""
+
+    conv_x: jax.Array   # [b, taps - 1, inner]: inputs of the convolution over x, oldest first
+    conv_bc: jax.Array  # [b, taps - 1, 2 * groups * k]: the same over keys and queries
+    ssm: jax.Array      # [b, h, k, v] float32
+
+
+class Mamba2(nn.Module):
+    """Gated SSD: project, convolve, scan, gate and normalise, project.
+
+    The projections of the official fused in_proj are separate parameters, so that heads can be sharded.
+
+    Attributes:
+      state_size: k, the key dimension of the state.
+      expand: inner width over model width.
+      head_width: v; inner width / head_width heads.
+      conv_taps: taps of the convolution ahead of the scan.
+      num_groups: groups of heads that share keys and queries.
+      init_std, out_init_std: standard deviations of the input and output projections at the start.
+    """
+
+    state_size: int = 128
+    expand: int = 2
+    head_width: int = 64
+    conv_taps: int = 4
+    num_groups: int = 1
+    chunk_size: int = 64
+    init_std: float = 0.02
+    out_init_std: float = 0.02
+    implementation: SSDImplementation = "auto"
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    @typed
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        segment_ids: Int[Array, "b t"] | None = None,
+        initial_state: Mamba2State | None = None,
+    ) -> tuple[Float[Array, "b t d"], Mamba2State]:
+        """Returns the layer's output and the state after the last real token of each row.
+
+        Raises:
+          ValueError: expand * d is not a multiple of head_width.
+        """
+        width = x.shape[-1]
+        inner = self.expand * width
+        if inner % self.head_width:
+            raise ValueError(f"expand * width = {inner} is not a multiple of head_width {self.head_width}")
+        num_heads = inner // self.head_width
+        conv_x_state, conv_bc_state, ssm_state = initial_state or (None, None, None)
+
+        def project(features, name, axis):
+            init = nn.with_logical_partitioning(nn.initializers.normal(self.init_std), ("embed", axis))
+            return nn.Dense(features, use_bias=False, dtype=self.dtype, kernel_init=init, name=name)(x)
+
+        z = project(inner, "z_proj", "inner")
+        values, conv_x_state = CausalDepthwiseConv(self.conv_taps, "inner", name="conv_x")(
+            project(inner, "x_proj", "inner"), conv_x_state, segment_ids)
+        bc, conv_bc_state = CausalDepthwiseConv(self.conv_taps, name="conv_bc")(
+            project(2 * self.num_groups * self.state_size, "bc_proj", "state"), conv_bc_state, segment_ids)
+        values = rearrange(jax.nn.silu(values), "b t (h v) -> b t h v", v=self.head_width)
+        bc = rearrange(jax.nn.silu(bc), "b t (two g k) -> two b t g k", two=2, g=self.num_groups)
+
+        per_head = nn.with_logical_partitioning
+        dt_bias = self.param("dt_bias", per_head(_dt_bias_init, ("heads",)), (num_heads,))
+        a_log = self.param("a_log", per_head(_a_log_init, ("heads",)), (num_heads,))
+        skip = self.param("skip", per_head(nn.initializers.ones, ("heads",)), (num_heads,))
+        dt = jax.nn.softplus(project(num_heads, "dt_proj", "heads").astype(jnp.float32) + dt_bias)
+        log_decay = -jnp.exp(a_log) * dt  # [b, t, h]
+
+        y, ssm_state = ssd_scan(
+            (values * dt[..., None]).astype(self.dtype), log_decay, bc[0], bc[1], initial_state=ssm_state,
+            segment_ids=segment_ids, implementation=self.implementation, chunk_size=self.chunk_size)
+        y = rearrange(y + skip[:, None] * values, "b t h v -> b t (h v)")
+        # The gate comes before the normalisation, and one norm spans all heads.
+        scale = self.param("norm_scale", per_head(nn.initializers.ones, ("inner",)), (inner,))
+        y = rms_norm(y.astype(jnp.float32) * jax.nn.silu(z.astype(jnp.float32)), scale)
+        out_init = nn.with_logical_partitioning(nn.initializers.normal(self.out_init_std), ("inner", "embed"))
+        out = nn.Dense(width, use_bias=False, dtype=self.dtype, kernel_init=out_init, name="out")(y)
+        return out, Mamba2State(conv_x_state, conv_bc_state, ssm_state)
+
+
+def _dt_bias_init(key, shape, dtype=jnp.float32):
+    """Inverse softplus of a time step drawn log-uniformly from [1e-3, 1e-1]."""
+    low, high = jnp.log(1e-3), jnp.log(1e-1)
+    dt = jnp.maximum(jnp.exp(jax.random.uniform(key, shape, dtype, low, high)), 1e-4)
+    return dt + jnp.log(-jnp.expm1(-dt))
+
+
+def _a_log_init(key, shape, dtype=jnp.float32):
+    """Log of a decay rate drawn uniformly from [1, 16]."""
+    return jnp.log(jax.random.uniform(key, shape, dtype, 1.0, 16.0))
