@@ -1,4 +1,4 @@
-"""How a command ends: 0 done, 2 the caller's mistake in one line, 143 stopped by SIGTERM."""
+"""How a command ends: 0 done, 1 the run failed, 2 the caller's mistake, 143 stopped by SIGTERM."""
 import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
@@ -8,6 +8,10 @@ class UsageError(Exception):
     """A mistake of the caller: what came, what fits, which field to change. Printed as one line."""
 
 
+class RunError(Exception):
+    """The run cannot go on, through no mistake in its arguments. Printed as one line."""
+
+
 def suggest(name: str, choices: Iterable[str]) -> str:
     """Returns "; did you mean 'x'?" for the choice nearest to `name`, or "" if none is near."""
     near = get_close_matches(name, list(choices), n=1)
@@ -15,10 +19,10 @@ def suggest(name: str, choices: Iterable[str]) -> str:
 
 
 def run_command(main: Callable[[list[str]], int | None]) -> None:
-    """Runs `main(arguments)` and exits; a UsageError becomes one line on stderr and exit code 2."""
+    """Runs `main(arguments)` and exits with what it returns, or with the code of the error it raised."""
     try:
         code = main(sys.argv[1:])
-    except UsageError as error:
+    except (UsageError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
-        code = 2
+        code = 2 if isinstance(error, UsageError) else 1
     sys.exit(code)

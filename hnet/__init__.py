@@ -1,6 +1,9 @@
 """H-Net, a hierarchical language model over bytes, in Flax."""
 from hnet.config import HNetConfig, StageConfig
 from hnet.model import HNet, HNetLM, HNetOutput, StageOutput
-from hnet.official import load_official_params
+from hnet.official import load_official_params, parameter_shapes
 
-__all__ = ["HNet", "HNetConfig", "HNetLM", "HNetOutput", "StageConfig", "StageOutput", "load_official_params"]
+__all__ = [
+    "HNet", "HNetConfig", "HNetLM", "HNetOutput", "StageConfig", "StageOutput", "load_official_params",
+    "parameter_shapes",
+]

@@ -87,8 +87,8 @@ class HNetConfig:
                     f"not {stage.decoder!r}")
             if not is_innermost and not stage.decoder:
                 raise ValueError(f"stage{index}.decoder is empty; only the innermost stage has none")
-        if self.dtype not in ("float32", "bfloat16", "float64"):
-            raise ValueError(f"dtype {self.dtype!r} is not one of float32, bfloat16, float64")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype {self.dtype!r} is not one of float32, bfloat16")
 
     @property
     def compute_dtype(self) -> jnp.dtype:

@@ -70,7 +70,7 @@ class Isotropic(nn.Module):
         self, x: Float[Array, "b t d"], segment_ids: Int[Array, "b t"]
     ) -> Float[Array, "b t d"]:
         # The residual stream is float32 whatever the compute dtype.
-        h = x.astype(jnp.promote_types(jnp.float32, self.dtype))
+        h = x.astype(jnp.float32)
         carry = (h, jnp.zeros_like(h))
         block = nn.remat(Block, prevent_cse=False) if self.remat else Block
         for index, (letter, count) in enumerate(self.runs):

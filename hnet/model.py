@@ -75,7 +75,7 @@ class HNetLM(nn.Module):
             init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed", "vocab"))
             head = self.param("lm_head", init, (width, config.vocab_size))
         logits = jnp.einsum(
-            "btd,dv->btv", x, head.astype(x.dtype), preferred_element_type=jnp.promote_types(jnp.float32, x.dtype))
+            "btd,dv->btv", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
         return HNetOutput(logits, stages)
 
 

@@ -86,8 +86,10 @@ def load_official_params(state_dict: Mapping[str, Any], config: HNetConfig) -> d
 
 def parameter_shapes(config: HNetConfig) -> dict[str, Any]:
     """The parameters of `HNetLM(config)` as ShapeDtypeStructs; nothing is allocated."""
-    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    return nn.unbox(jax.eval_shape(HNetLM(config).init, jax.random.key(0), tokens))["params"]
+    def init():
+        return nn.unbox(HNetLM(config).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))["params"]
+
+    return jax.eval_shape(init)
 
 
 def _stack(

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Bool, Float, Int, typed
+from layers.linear import Linear
 from layers.rotary import rotary
 from layers.segments import segment_positions
 
@@ -106,17 +107,14 @@ class Attention(nn.Module):
             raise ValueError(f"width {width} is not a multiple of num_heads {self.num_heads}")
         if segment_ids is None:
             segment_ids = jnp.ones(x.shape[:2], jnp.int32)
-        normal, partitioned = nn.initializers.normal, nn.with_logical_partitioning
-        qkv = nn.DenseGeneral(
-            (3, self.num_heads, width // self.num_heads), use_bias=False, dtype=self.dtype, name="qkv",
-            kernel_init=partitioned(normal(self.init_std), ("embed", None, "heads", "head_width")),
-        )(x)
+        qkv = Linear(
+            (3, self.num_heads, width // self.num_heads), ("embed", None, "heads", "head_width"),
+            init_std=self.init_std, dtype=self.dtype, name="qkv")(x)
         positions = segment_positions(segment_ids)
         q = rotary(qkv[:, :, 0], positions, width=self.rotary_width)
         k = rotary(qkv[:, :, 1], positions, width=self.rotary_width)
         y = dot_product_attention(
             q, k, qkv[:, :, 2], window=self.window, segment_ids=segment_ids, implementation=self.implementation)
-        return nn.DenseGeneral(
-            width, axis=(-2, -1), use_bias=False, dtype=self.dtype, name="out",
-            kernel_init=partitioned(normal(self.out_init_std), ("heads", "head_width", "embed")),
-        )(y)
+        return Linear(
+            (width,), ("heads", "head_width", "embed"),
+            init_std=self.out_init_std, dtype=self.dtype, name="out")(y)

@@ -167,8 +167,8 @@ def ratio_loss(
 ) -> Float[Array, ""]:
     """Pulls the fraction of boundaries towards 1 / target (eq. 10); it is 1 there.
 
-    With F the fraction of real tokens that are boundaries, which carries no gradient, and G their mean probability:
-    target / (target - 1) * ((target - 1) F G + (1 - F)(1 - G)).
+    With F the fraction of real tokens that are boundaries, which carries no gradient, and G their mean
+    probability: target / (target - 1) * ((target - 1) F G + (1 - F)(1 - G)).
 
     Args:
       mask: True = a real token; means run over those, across the whole batch.

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Float, typed
+from layers.linear import Linear
 
 
 class SwiGLU(nn.Module):
@@ -22,13 +23,10 @@ class SwiGLU(nn.Module):
     @nn.compact
     @typed
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
-        normal, partitioned = nn.initializers.normal, nn.with_logical_partitioning
-        value_gate = nn.DenseGeneral(
-            (2, self.width), use_bias=False, dtype=self.dtype, name="value_gate",
-            kernel_init=partitioned(normal(self.init_std), ("embed", None, "mlp")),
+        value_gate = Linear(
+            (2, self.width), ("embed", None, "mlp"), init_std=self.init_std, dtype=self.dtype, name="value_gate",
         )(x)
         value, gate = value_gate[..., 0, :], value_gate[..., 1, :]
-        return nn.Dense(
-            x.shape[-1], use_bias=False, dtype=self.dtype, name="out",
-            kernel_init=partitioned(normal(self.out_init_std), ("mlp", "embed")),
+        return Linear(
+            (x.shape[-1],), ("mlp", "embed"), init_std=self.out_init_std, dtype=self.dtype, name="out",
         )(jax.nn.silu(gate) * value)

@@ -8,6 +8,7 @@ from einops import rearrange
 
 from layers.array_types import Array, Float, Int, typed
 from layers.causal_conv import CausalDepthwiseConv
+from layers.linear import Linear
 from layers.norms import rms_norm
 from layers.ssd import SSDImplementation, ssd_scan
 
@@ -66,8 +67,7 @@ class Mamba2(nn.Module):
         conv_x_state, conv_bc_state, ssm_state = initial_state or (None, None, None)
 
         def project(features, name, axis):
-            init = nn.with_logical_partitioning(nn.initializers.normal(self.init_std), ("embed", axis))
-            return nn.Dense(features, use_bias=False, dtype=self.dtype, kernel_init=init, name=name)(x)
+            return Linear((features,), ("embed", axis), init_std=self.init_std, dtype=self.dtype, name=name)(x)
 
         z = project(inner, "z_proj", "inner")
         values, conv_x_state = CausalDepthwiseConv(self.conv_taps, "inner", name="conv_x")(
@@ -91,8 +91,8 @@ class Mamba2(nn.Module):
         # The gate comes before the normalisation, and one norm spans all heads.
         scale = self.param("norm_scale", per_head(nn.initializers.ones, ("inner",)), (inner,))
         y = rms_norm(y.astype(jnp.float32) * jax.nn.silu(z.astype(jnp.float32)), scale)
-        out_init = nn.with_logical_partitioning(nn.initializers.normal(self.out_init_std), ("inner", "embed"))
-        out = nn.Dense(width, use_bias=False, dtype=self.dtype, kernel_init=out_init, name="out")(y)
+        out = Linear(
+            (width,), ("inner", "embed"), init_std=self.out_init_std, dtype=self.dtype, name="out")(y)
         return out, Mamba2State(conv_x_state, conv_bc_state, ssm_state)
 
 

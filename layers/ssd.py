@@ -145,21 +145,27 @@ def _one_chunk(carry, chunk):
     y = einsum("bgrij,bjgrv->bigrv", scores[:, :, None] * mixing, x)
 
     sees_state = (ordinal == state_ordinal[:, None])[:, None, None]
-    fade_in = jnp.exp(jnp.where(sees_state, jnp.cumsum(log_decay, -1), -jnp.inf))  # [b, g, r, i]
+    fade_in = jnp.exp(jnp.where(sees_state, _running_sum(log_decay), -jnp.inf))  # [b, g, r, i]
     y = y + einsum("bigk,bgrkv,bgri->bigrv", c, state, fade_in)
 
     last = ordinal[:, -1]
     lasts = (ordinal == last[:, None])[:, None, None]
-    later = jnp.flip(jnp.cumsum(jnp.flip(log_decay, -1), -1), -1)  # sums from j to the end
-    after = jnp.concatenate([later[..., 1:], jnp.zeros_like(later[..., :1])], axis=-1)
+    rest = jnp.flip(_running_sum(jnp.flip(log_decay, -1)), -1)  # sums from a token to the end
+    after = jnp.concatenate([rest[..., 1:], jnp.zeros_like(rest[..., :1])], axis=-1)
     fade_out = jnp.exp(jnp.where(lasts, after, -jnp.inf))  # [b, g, r, j]
-    kept = jnp.where(last == state_ordinal, 0.0, -jnp.inf)[:, None, None] + later[..., 0]
+    kept = jnp.where(last == state_ordinal, 0.0, -jnp.inf)[:, None, None] + rest[..., 0]
     state = jnp.exp(kept)[..., None, None] * state + einsum("bjgk,bgrj,bjgrv->bgrkv", b, fade_out, x)
     return (state, last), y.astype(out_dtype)
 
 
 def _segment_sum(log_decay: jax.Array) -> jax.Array:
     """[..., l] -> [..., i, j], the sum over j < l <= i; 0 where that is empty (i <= j)."""
-    size = log_decay.shape[-1]
-    after_j = jnp.tril(jnp.ones((size, size), bool), -1)  # [l, j]
-    return jnp.cumsum(jnp.where(after_j, log_decay[..., :, None], 0), axis=-2)
+    after_j = jnp.tril(jnp.ones((log_decay.shape[-1],) * 2, bool), -1)  # [l, j]
+    summed = _running_sum(jnp.swapaxes(jnp.where(after_j, log_decay[..., :, None], 0), -1, -2))  # [..., j, i]
+    return jnp.swapaxes(summed, -1, -2)
+
+
+def _running_sum(x: jax.Array) -> jax.Array:
+    """Cumulative sum over the last axis as a matmul, which beats a windowed reduction at these lengths."""
+    ones = jnp.triu(jnp.ones((x.shape[-1],) * 2, x.dtype))
+    return jnp.matmul(x, ones, precision=jax.lax.Precision.HIGHEST)

@@ -1,0 +1,250 @@
+"""Checkpoints that are whole or refused: orbax does the writing, checksums say what came back.
+
+A step directory holds two items: `state`, the arrays, and `meta`, one JSON record
+
+  {"meta": the caller's dict, "arrays": {path: {"dtype", "shape", "checksum"}}, "crc32": of those two}
+
+Orbax restores a flipped byte without complaint, casts to any dtype it is asked for, and counts an empty
+directory as a step. So every restore compares keys, shapes, dtypes and checksums with that record.
+Two things can be wrong, and they end differently. A *damaged* step is passed over, with a warning, for the
+step before it. A sound step that does not *fit* the state asked for means the config changed: UsageError.
+Readers change nothing on disk; the next save renames the damaged steps it would collide with.
+"""
+import contextlib
+import gc
+import json
+import logging
+import sys
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from experiments.checksums import array_checksums, leaves_by_path
+from experiments.errors import UsageError
+
+PyTree = Any
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
+# Nothing else here runs on asyncio. What orbax leaves undone there is logged at some later time, if at all.
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
+class Restored(NamedTuple):
+    step: int
+    state: PyTree  # the structure, dtypes and shardings of the abstract state asked for
+    meta: dict[str, Any]
+
+
+class DamagedError(Exception):
+    """A step that cannot be restored as it was saved; the text says what is wrong with it."""
+
+
+class Checkpoints:
+    """The checkpoints of one run, `directory/<step>`, of which the newest `keep` stay on disk."""
+
+    def __init__(self, directory: Path | str, *, keep: int) -> None:
+        """Opens `directory`, which the first save makes if it is not there."""
+        if keep < 1:
+            raise UsageError(f"the number of checkpoints to keep is {keep}; at least 1 is needed to resume")
+        self.directory = Path(directory).absolute()
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False)
+        with _orbax_held_quiet():
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._damaged: dict[int, str] = {}  # step -> what is wrong, as found by restores so far
+
+    def save(self, step: int, state: PyTree, meta: dict[str, Any]) -> bool:
+        """Starts writing `state` (a pytree of jax arrays) and `meta` (JSON values) as `step`.
+
+        Returns once the values are copied: the buffers may be donated to the next train step while a
+        thread writes. An interrupted write is never listed as a step. A step that is already there was
+        saved by the same run and is left alone. Returns whether anything is being written.
+        """
+        self._set_damaged_aside()
+        if step in self._manager.all_steps():
+            return False
+        if jax.process_index() == 0:
+            self.directory.mkdir(parents=True, exist_ok=True)
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(_record(state, meta))
+        )
+        with _orbax_held_quiet():  # it would report the remains of an interrupted save, which it replaces
+            # Unforced, it would skip any step below the newest without a word.
+            return self._manager.save(step, args=items, force=True)
+
+    def restore_latest(self, abstract_state: PyTree) -> Restored | None:
+        """Restores the newest sound step, or None if nothing was ever saved.
+
+        Args:
+          abstract_state: ShapeDtypeStructs; each leaf is restored onto its sharding, which may belong to
+            another mesh than the one that saved, or else onto the first device.
+        Raises:
+          UsageError: a sound step does not fit `abstract_state`, or every step is damaged.
+        """
+        return self._newest_sound(lambda step: self._restore(step, abstract_state))
+
+    def restore_step(self, step: int, abstract_state: PyTree) -> Restored:
+        """Restores exactly `step`; raises UsageError if it is missing, damaged or does not fit."""
+        return self._exactly(step, lambda step: self._restore(step, abstract_state))
+
+    def read_meta(self, step: int | None = None) -> dict[str, Any]:
+        """Reads what `save` was given as `meta`, from `step` or from the newest step that has it intact."""
+        if step is not None:
+            return self._exactly(step, self._read_record)["meta"]
+        record = self._newest_sound(self._read_record)
+        if record is None:
+            raise UsageError(f"no checkpoint in {self.directory}; --workdir must name a run that saved one")
+        return record["meta"]
+
+    def latest_step(self) -> int | None:
+        """Returns the newest step not yet found damaged; one that is being written counts."""
+        return max(self._sound_steps(), default=None)
+
+    def wait(self) -> None:
+        """Returns when every save is on disk; raises what went wrong while writing."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self.wait()
+        self._manager.close()
+
+    def _sound_steps(self) -> list[int]:
+        return sorted(set(self._manager.all_steps()) - set(self._damaged), reverse=True)
+
+    def _newest_sound(self, read: Callable[[int], T]) -> T | None:
+        """Returns `read(step)` for the newest step that is not damaged, None if there are no steps at all."""
+        passed_over = []
+        with _orbax_held_quiet():
+            for step in self._sound_steps():
+                try:
+                    found = read(step)
+                except DamagedError as error:
+                    self._damaged[step] = str(error)
+                    passed_over.append(step)
+                    continue
+                for bad in passed_over:
+                    why = self._damaged[bad]
+                    logger.warning("checkpoint %d is damaged: %s; using %d instead", bad, why, step)
+                return found
+        if not self._damaged:
+            return None
+        reasons = "; ".join(f"{step}: {why}" for step, why in sorted(self._damaged.items()))
+        raise UsageError(
+            f"every checkpoint in {self.directory} is damaged ({reasons}); "
+            "restore the directory from a copy, or start again in another --workdir"
+        )
+
+    def _exactly(self, step: int, read: Callable[[int], T]) -> T:
+        steps = sorted(self._manager.all_steps())
+        if step not in steps:
+            there = ", ".join(map(str, steps)) or "none"
+            raise UsageError(f"no checkpoint {step} in {self.directory}; steps there: {there}")
+        try:
+            with _orbax_held_quiet():
+                return read(step)
+        except DamagedError as error:
+            raise UsageError(f"checkpoint {step} in {self.directory} is damaged: {error}") from error
+
+    def _restore(self, step: int, abstract_state: PyTree) -> Restored:
+        record = self._read_record(step)
+        self._check_fit(step, record["arrays"], abstract_state)
+        target = jax.tree.map(_placed, abstract_state)
+        state = self._read_item(step, state=ocp.args.StandardRestore(target))
+        for path, checksum in array_checksums(state).items():
+            if checksum != record["arrays"][path]["checksum"]:
+                raise DamagedError(f"the checksum of {path} differs from the one it was saved with")
+        return Restored(step, state, record["meta"])
+
+    def _read_record(self, step: int) -> dict[str, Any]:
+        record = self._read_item(step, meta=ocp.args.JsonRestore())
+        if not isinstance(record, dict) or record.get("crc32") != _crc32(record):
+            raise DamagedError("its meta record differs from the one that was saved")
+        return record
+
+    def _read_item(self, step: int, **item: Any) -> Any:
+        """Restores one item. Whatever orbax raises is damage: what could be the caller's is checked first."""
+        (name,) = item
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**item))[name]
+        except Exception as error:
+            first_line = (str(error).splitlines() or [""])[0]
+            raise DamagedError(f"{name} is unreadable, {type(error).__name__}: {first_line[:120]}") from error
+
+    def _check_fit(self, step: int, saved: dict[str, Any], abstract_state: PyTree) -> None:
+        saved_types = {path: _describe(array["dtype"], array["shape"]) for path, array in saved.items()}
+        leaves = leaves_by_path(abstract_state)
+        wanted = {path: _describe(leaf.dtype, leaf.shape) for path, leaf in leaves.items()}
+        differing = [path for path in wanted | saved_types if saved_types.get(path) != wanted.get(path)]
+        if differing:
+            path = differing[0]
+            others = f" (and {len(differing) - 1} more arrays differ)" if differing[1:] else ""
+            raise UsageError(
+                f"checkpoint {step} in {self.directory} does not fit this config: {path} is "
+                f"{saved_types.get(path, 'absent')} there and {wanted.get(path, 'absent')} here{others}; "
+                "use another --workdir or change config.model"
+            )
+
+    def _set_damaged_aside(self) -> None:
+        """Renames damaged steps to `<step>.damaged`, a name that orbax does not read as a step."""
+        if not self._damaged:
+            return
+        if jax.process_index() == 0:
+            for step in self._damaged:
+                source = self.directory / str(step)
+                aside = source.with_suffix(".damaged")
+                number = 1
+                while aside.exists():
+                    number += 1
+                    aside = source.with_suffix(f".damaged{number}")
+                source.rename(aside)
+                logger.warning("moved the damaged checkpoint %d to %s", step, aside)
+        multihost_utils.sync_global_devices("damaged checkpoints set aside")
+        self._damaged.clear()
+        self._manager.reload()
+
+
+def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    # Left to itself orbax would look for the devices of the run that saved.
+    sharding = leaf.sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _describe(dtype: Any, shape: Any) -> str:
+    return f"{dtype}[{', '.join(map(str, shape))}]"
+
+
+def _record(state: PyTree, meta: dict[str, Any]) -> dict[str, Any]:
+    checksums = array_checksums(state)
+    arrays = {
+        path: {"dtype": str(leaf.dtype), "shape": list(leaf.shape), "checksum": checksums[path]}
+        for path, leaf in leaves_by_path(state).items()
+    }
+    record = {"meta": meta, "arrays": arrays}
+    return record | {"crc32": _crc32(record)}
+
+
+def _crc32(record: dict[str, Any]) -> int:
+    content = {"meta": record.get("meta"), "arrays": record.get("arrays")}
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+@contextlib.contextmanager
+def _orbax_held_quiet() -> Iterator[None]:
+    """Holds back what orbax prints and logs about damage, of which our own warnings speak in one line."""
+    absl = logging.getLogger("absl")
+    level, hook = absl.level, sys.unraisablehook
+    absl.setLevel(logging.CRITICAL)
+    sys.unraisablehook = lambda _: None  # coroutines that orbax abandons print whole tracebacks as they die
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # "coroutine ... was never awaited"
+            yield
+            gc.collect(1)
+    finally:
+        sys.unraisablehook = hook
+        absl.setLevel(level)

@@ -1,0 +1,183 @@
+"""Windows over a stream of bytes, addressed by number: the position in the data is the step number.
+
+The stream of a split is a seeded permutation of its documents, each written as BOS and its bytes. Window i
+holds stream positions i*T to i*T + T, both included; the model reads the first T and predicts the last T, so
+that over an epoch every position but the first is predicted once. Nothing depends on how many processes
+share the work or on where a run was interrupted: batch s is computed from s alone.
+
+A window or batch is a dict of
+  tokens           int32 [..., T + 1]   bytes, or BOS where a document begins; 0 in padding
+  segment_ids      int32 [..., T + 1]   1, 2, ... number the documents within the window; 0 is padding
+  is_continuation  bool [...]           the window opens in the middle of a document
+A target is a byte of text where its segment id is not 0 and equals that of the position before it.
+"""
+import itertools
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from experiments.data.corpus import DocumentSplit
+from experiments.errors import UsageError
+
+# The official H-Net release uses this value, which UTF-8 never does. A document that is not UTF-8 may contain
+# it as data; where documents begin is told by the segment ids.
+BOS = 254
+
+Batch = dict[str, np.ndarray]
+
+
+class WindowSource:
+    """All windows of a split, for random access."""
+
+    def __init__(self, split: DocumentSplit, sequence_length: int, seed: int) -> None:
+        """Lays the documents out in an order drawn from `seed`; `sequence_length` is T, at least 1."""
+        if sequence_length < 1:
+            raise UsageError(f"windows of {sequence_length} bytes hold no prediction; "
+                             "config.data.sequence_length must be at least 1")
+        self.sequence_length = sequence_length
+        self._split = split
+        # RandomState and not Generator: numpy promises never to change the numbers that it yields.
+        self._order = np.random.RandomState(seed).permutation(len(split.lengths))
+        lengths = split.lengths[self._order] + 1  # with BOS
+        self._starts = np.cumsum(lengths) - lengths  # stream position of each BOS
+        self._stream_length = int(lengths.sum())
+
+    def __len__(self) -> int:
+        return -(-(self._stream_length - 1) // self.sequence_length)
+
+    def __getitem__(self, index: int) -> Batch:
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        window = _empty_window(self.sequence_length)
+        start = int(index) * self.sequence_length
+        stop = min(start + self.sequence_length + 1, self._stream_length)
+        first = int(np.searchsorted(self._starts, start, side="right")) - 1
+        window["is_continuation"][...] = self._starts[first] < start
+        position = start
+        for segment in itertools.count(1):
+            piece = self._read(first + segment - 1, position, stop)
+            here = slice(position - start, position - start + len(piece))
+            window["tokens"][here], window["segment_ids"][here] = piece, segment
+            position += len(piece)
+            if position == stop:
+                return window
+
+    def num_bytes(self, windows: np.ndarray) -> np.ndarray:
+        """Counts the bytes of text, BOS left out, that each of these windows predicts: int64 [n]."""
+        first = windows * self.sequence_length + 1
+        end = np.minimum(first + self.sequence_length, self._stream_length)
+        return end - first - (np.searchsorted(self._starts, end) - np.searchsorted(self._starts, first))
+
+    def _read(self, rank: int, start: int, stop: int) -> np.ndarray:
+        """Returns stream positions `start` to `stop`, or to the end of the rank-th document; uint8."""
+        document, bos = self._order[rank], int(self._starts[rank])
+        stop = min(stop - bos - 1, int(self._split.lengths[document]))
+        if start > bos:
+            return self._split.read(document, start - bos - 1, stop)
+        return np.concatenate([np.array([BOS], np.uint8), self._split.read(document, 0, stop)])
+
+
+class BatchSource:
+    """Training batches by step: `batches[s]` is this process's part of global batch s, for any s >= 0.
+
+    Windows are shuffled anew in every epoch. Batches run across the end of an epoch, so none is short.
+    """
+
+    def __init__(
+        self,
+        windows: WindowSource,
+        batch_size: int,
+        *,
+        seed: int,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> None:
+        """Raises UsageError where the global `batch_size` cannot be divided among the processes."""
+        import grain
+
+        self._rows = _rows_of_process(batch_size, process_index, process_count)
+        self.steps_per_epoch = len(windows) / batch_size  # seldom whole
+        self._batch_size = batch_size
+        self._windows = grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
+
+    def __getitem__(self, step: int) -> Batch:
+        if step < 0:
+            raise IndexError(f"step {step}; steps count from 0")
+        return _stack([self._windows[step * self._batch_size + row] for row in self._rows])
+
+
+class EvaluationSource:
+    """A fixed choice of windows from all over the split, in full batches: padding fills up the last.
+
+    The choice depends on nothing but `windows` and `num_bytes`, so that runs can be compared. Like
+    `BatchSource` this is a sequence of batches, but a finite one.
+    """
+
+    def __init__(
+        self,
+        windows: WindowSource,
+        batch_size: int,
+        *,
+        num_bytes: int,
+        process_index: int = 0,
+        process_count: int = 1,
+    ) -> None:
+        """Chooses windows until they predict `num_bytes` bytes of text, or all if the split has fewer."""
+        shuffled = np.random.RandomState(0).permutation(len(windows))
+        predicted = np.cumsum(windows.num_bytes(shuffled))
+        num_windows = min(int(np.searchsorted(predicted, num_bytes)) + 1, len(shuffled))
+        self.num_bytes = int(predicted[num_windows - 1])  # what the batches of all processes predict
+        self._chosen = shuffled[:num_windows]
+        self._rows = _rows_of_process(batch_size, process_index, process_count)
+        self._batch_size = batch_size
+        self._windows = windows
+
+    def __len__(self) -> int:
+        return -(-len(self._chosen) // self._batch_size)
+
+    def __getitem__(self, index: int) -> Batch:
+        if not 0 <= index < len(self):
+            raise IndexError(f"evaluation batch {index} of {len(self)}")
+        numbers = range(index * self._batch_size, len(self._chosen))
+        chosen = [self._chosen[numbers[row]] for row in self._rows if row < len(numbers)]
+        padding = [_empty_window(self._windows.sequence_length)] * (len(self._rows) - len(chosen))
+        return _stack([self._windows[window] for window in chosen] + padding)
+
+
+def prefetch(batches: BatchSource, start_step: int, depth: int = 2) -> Iterator[Batch]:
+    """Yields batches[start_step], batches[start_step + 1], ... for ever; a thread reads `depth` ahead.
+
+    What goes wrong in the thread is raised here. Closing the iterator waits for the batch being read.
+    """
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+    try:
+        pending = deque(pool.submit(batches.__getitem__, start_step + i) for i in range(depth))
+        for step in itertools.count(start_step + depth):
+            batch = pending.popleft().result()
+            pending.append(pool.submit(batches.__getitem__, step))
+            yield batch
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _empty_window(sequence_length: int) -> Batch:
+    return {
+        "tokens": np.zeros(sequence_length + 1, np.int32),
+        "segment_ids": np.zeros(sequence_length + 1, np.int32),
+        "is_continuation": np.zeros((), bool),
+    }
+
+
+def _stack(windows: list[Batch]) -> Batch:
+    return {key: np.stack([window[key] for window in windows]) for key in windows[0]}
+
+
+def _rows_of_process(batch_size: int, process_index: int, process_count: int) -> range:
+    """Returns which rows of a global batch this process reads: equal contiguous slices in process order."""
+    if batch_size < 1 or batch_size % process_count:
+        raise UsageError(f"batch size {batch_size} cannot be divided among {process_count} processes; "
+                         f"set config.data.batch_size to a multiple of {process_count}")
+    size = batch_size // process_count
+    return range(process_index * size, (process_index + 1) * size)

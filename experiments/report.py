@@ -1,0 +1,72 @@
+"""Draws runs/<name>/report.html: one file that shows what a run learned and where it cuts text.
+
+  python -m experiments.report --workdir=runs/quickstart
+"""
+import argparse
+import json
+from pathlib import Path
+
+from experiments.boundaries import chunk_texts
+from experiments.config_loading import config_to_json
+from experiments.data import Corpus
+from experiments.errors import run_command
+from experiments.generate import generate
+from experiments.metrics import read_metrics
+from experiments.report_page import ReportData, render_report
+from experiments.run import Run, open_run, restore_run
+
+TEXT_BYTES = 1500
+SAMPLE_BYTES = 160
+PROMPTS = ("def ", "class ", "The ")
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.report", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", required=True, help="a run that saved a checkpoint")
+    parser.add_argument("--step", type=int, help="the checkpoint to show; the newest by default")
+    print(_write(open_run(parser, argv)))
+
+
+def write_report(workdir: Path) -> Path:
+    """Writes the report of the newest checkpoint in `workdir` and returns its path."""
+    return _write(restore_run(workdir))
+
+
+def _write(run: Run) -> Path:
+    manifest = json.loads((run.workdir / "manifest.json").read_text())
+    samples = tuple(
+        (prompt, bytes(generate(run.config, run.params, prompt.encode(), length=SAMPLE_BYTES, temperature=0.7)))
+        for prompt in PROMPTS)
+    page = render_report(ReportData(
+        name=run.workdir.name,
+        config=json.loads(config_to_json(run.config.to_config_dict())),
+        manifest=manifest,
+        metrics=read_metrics(run.workdir / "metrics.jsonl"),
+        reference_lines=manifest["reference_lines"],
+        texts=chunk_texts(run.config, run.params, held_out_texts(run.corpus())),
+        samples=samples,
+    ))
+    path = run.workdir / "report.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def held_out_texts(corpus: Corpus, limit: int = 3) -> list[tuple[str, bytes]]:
+    """The beginning of one held-out document of each kind (its folder or file ending), the longest kinds first."""
+    split = corpus.split("test")
+    chosen: dict[str, int] = {}
+    for index in sorted(range(len(split.names)), key=lambda index: split.names[index]):
+        kind = Path(split.names[index]).suffix or Path(split.names[index]).parts[0]
+        best = chosen.setdefault(kind, index)
+        if split.lengths[best] < TEXT_BYTES < split.lengths[index]:
+            chosen[kind] = index
+    longest = sorted(chosen.values(), key=lambda index: -int(split.lengths[index]))[:limit]
+    beginnings = (split.read(index, 0, min(TEXT_BYTES, int(split.lengths[index]))) for index in longest)
+    return [(f"held out: {split.names[index]}", text.tobytes())
+            for index, text in zip(longest, beginnings, strict=True)]
+
+
+if __name__ == "__main__":
+    run_command(main)

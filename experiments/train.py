@@ -1,0 +1,228 @@
+"""Trains a model. The same command again goes on from the newest checkpoint.
+
+  python -m experiments.train --config=quickstart --workdir=runs/x --config.optimizer.peak_lr=1e-3
+
+A run directory holds config.json, manifest.json, metrics.jsonl, checkpoints/, tb/ and report.html. SIGTERM saves a
+checkpoint and exits with 143, so that a launcher can tell a preempted run from a finished one.
+"""
+import argparse
+import json
+import logging
+import math
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from experiments.checkpoints import Checkpoints
+from experiments.config import RunConfig
+from experiments.config_loading import config_to_json, load_config, split_overrides
+from experiments.data import BatchSource, Corpus, WindowSource, prefetch
+from experiments.errors import RunError, UsageError, run_command
+from experiments.evaluate import held_out, make_evaluate
+from experiments.manifest import prepare_workdir, update_manifest, write_manifest
+from experiments.mesh import batch_sharding, make_mesh, put_batch, use_mesh
+from experiments.metrics import MetricsWriter
+from experiments.progress import Progress
+from experiments.reference_lines import corpus_reference_lines
+from experiments.run import enable_compilation_cache, open_corpus
+from experiments.train_step import Program, TrainState, compile_program
+
+SIGTERM_EXIT = 143  # 128 + SIGTERM, as a shell reports it
+logger = logging.getLogger(__name__)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.train", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a name in configs/, or the path of a config file")
+    parser.add_argument("--workdir", required=True, help="the run directory; an existing run is resumed")
+    arguments, overrides = split_overrides(argv)
+    arguments = parser.parse_args(arguments)
+    config = RunConfig.from_config_dict(load_config(arguments.config, overrides))
+    return train(config, prepare_workdir(arguments.workdir))
+
+
+def train(config: RunConfig, workdir: Path) -> int:
+    """Runs `config` to its last step, from wherever `workdir` is, and returns the exit code."""
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    enable_compilation_cache()
+    corpus = open_corpus(config.data)
+    mesh = make_mesh(config.model_axis)
+    stop = _listen_for_sigterm()
+    with use_mesh(mesh):
+        program = compile_program(config, mesh)
+        checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
+        state = _start_or_resume(config, program, checkpoints, corpus)
+        start = int(state.step)
+        _describe_run(config, workdir, corpus, state)
+        with MetricsWriter(workdir) as writer, Progress(config.num_steps, start) as progress:
+            writer.truncate_after(start)
+            loop = Loop(config, mesh, program, checkpoints, corpus, writer, progress, stop)
+            state = loop.run(state, start)
+        checkpoints.close()
+    if int(state.step) < config.num_steps:
+        print(f"stopped by SIGTERM at step {int(state.step)}; the same command goes on from there", flush=True)
+        return SIGTERM_EXIT
+    update_manifest(workdir, end_step=config.num_steps, train_seconds=round(loop.seconds, 1))
+    if config.report and jax.process_index() == 0:
+        from experiments.report import write_report
+        print(f"report: {write_report(workdir)}", flush=True)
+    return 0
+
+
+class Loop:
+    """The training loop: step, read the step before, and now and then evaluate, save and print."""
+
+    def __init__(
+        self, config: RunConfig, mesh: Mesh, program: Program, checkpoints: Checkpoints, corpus: Corpus,
+        writer: MetricsWriter, progress: Progress, stop: threading.Event,
+    ) -> None:
+        self.config, self.program, self.checkpoints = config, program, checkpoints
+        self.writer, self.progress, self.stop = writer, progress, stop
+        windows = WindowSource(corpus.split("train"), config.data.sequence_length, config.seed)
+        self.batches = BatchSource(
+            windows, config.data.batch_size, seed=config.seed,
+            process_index=jax.process_index(), process_count=jax.process_count())
+        self.held_out = held_out(config, corpus)
+        self.evaluate = make_evaluate(config, mesh)
+        self.sharding = batch_sharding(mesh)
+        self.meta = {"config": config.to_config_dict().to_dict(), "corpus": corpus.fingerprint}
+        self.seconds = 0.0          # spent on steps, without evaluation and compilation
+        self._interval: list[dict[str, float]] = []
+        self._resumed_at = time.monotonic()
+
+    def run(self, state: TrainState, start: int) -> TrainState:
+        config, last = self.config, self.config.num_steps
+        unread = None  # metrics of the latest step: read one step late, so that the device never waits
+        batches = prefetch(self.batches, start)
+        for step in range(start + 1, last + 1):
+            if step == start + 1:
+                self.progress.message("compiling the train step ...")
+            state, metrics = self.program.step(state, put_batch(next(batches), self.sharding))
+            if step == start + 1:
+                jax.block_until_ready(state)
+                self.progress.message(f"compiled in {time.monotonic() - self._resumed_at:.0f} s")
+                self._resumed_at = time.monotonic()
+            if unread is not None:
+                self._read(*unread)
+            unread = (step, metrics)
+
+            is_last = step == last
+            evaluates = is_last or step % config.eval_every == 0
+            saves = is_last or step % config.checkpoint_every == 0 or self.stop.is_set()
+            if evaluates or saves:
+                self._read(*unread)
+                unread = None
+                self.seconds += time.monotonic() - self._resumed_at
+                if evaluates:
+                    self._evaluate(step, state)
+                if saves:
+                    self.checkpoints.save(step, state, self.meta)
+                self._resumed_at = time.monotonic()
+            if self.stop.is_set():
+                break
+        batches.close()
+        return state
+
+    def _read(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Fetches the metrics of a step, stops the run if they are not finite, and logs them in their turn."""
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        for name in ("train/loss_nats", "train/grad_norm"):
+            if not math.isfinite(values[name]):
+                self.checkpoints.wait()
+                good = self.checkpoints.latest_step()
+                raise RunError(
+                    f"{name} is {values[name]} at step {step}; the last good checkpoint is "
+                    f"{'none' if good is None else good}; lower config.optimizer.peak_lr "
+                    "or config.optimizer.max_grad_norm and start again from there")
+        self._interval.append(values)
+        if step % self.config.log_every == 0 or step == self.config.num_steps:
+            self._log(step, values)
+
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        now = time.monotonic()
+        self.seconds += now - self._resumed_at
+        seconds, self._resumed_at = now - self._resumed_at, now
+        count = len(self._interval)
+        num_bytes = sum(each["train/target_bytes"] for each in self._interval)
+        self.writer.write(step, values | {"perf/bytes_per_second": num_bytes / seconds})
+        # The file has this step's own values, so that a resumed run repeats them; the console has the mean.
+        fields = {"bits/byte": sum(each["train/bits_per_byte"] for each in self._interval) / count,
+                  "bytes/s": num_bytes / seconds}
+        for index in range(len(self.config.model.stages) - 1):
+            rate = sum(each[f"stage{index}/boundary_rate"] for each in self._interval) / count
+            fields["boundary rate" if index == 0 else f"stage{index} rate"] = rate
+        overflow = sum(v for each in self._interval for k, v in each.items() if k.endswith("overflow_boundaries"))
+        if overflow:
+            fields["overflowed boundaries"] = overflow
+        self.progress.update(step, fields)
+        self._interval = []
+
+    def _evaluate(self, step: int, state: TrainState) -> None:
+        batches = (self.held_out[index] for index in range(len(self.held_out)))
+        metrics = self.evaluate(state.params, batches)
+        self.writer.write(step, metrics)
+        self.progress.message(
+            f"step {step}: {metrics['eval/bits_per_byte']:.3f} bits per byte "
+            f"on {self.held_out.num_bytes:,} held-out bytes")
+
+
+def _start_or_resume(
+    config: RunConfig, program: Program, checkpoints: Checkpoints, corpus: Corpus
+) -> TrainState:
+    restored = checkpoints.restore_latest(program.abstract_state)
+    if restored is None:
+        return program.init(jax.random.key(config.seed))
+    if restored.meta["corpus"] != corpus.fingerprint:
+        raise UsageError(
+            f"the corpus changed since checkpoint {restored.step}: it had {restored.meta['corpus']} and is now "
+            f"{corpus.fingerprint}; restore the files, change config.data.source, or use another --workdir")
+    changed = _differences(restored.meta["config"], json.loads(config_to_json(config.to_config_dict())))
+    if changed:
+        logger.warning("resuming with a changed config: %s", "; ".join(changed))
+    print(f"resuming at step {restored.step}", flush=True)
+    return restored.state
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "config") -> list[str]:
+    changed = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            changed += _differences(before, after, f"{prefix}.{key}")
+        elif before != after:
+            changed.append(f"{prefix}.{key} was {before!r}, is {after!r}")
+    return changed
+
+
+def _describe_run(config: RunConfig, workdir: Path, corpus: Corpus, state: TrainState) -> None:
+    """Writes config.json and manifest.json, and says in a few lines what is about to happen."""
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    lines = corpus_reference_lines(corpus)
+    write_manifest(
+        workdir, step=int(state.step), seed=config.seed, num_params=num_params, corpus=corpus.fingerprint,
+        reference_lines=lines)
+    if jax.process_index() == 0:
+        (workdir / "config.json").write_text(config_to_json(config.to_config_dict()) + "\n")
+        device = jax.devices()[0]
+        print(f"{num_params:,} parameters on {jax.device_count()} x {device.device_kind}, run in {workdir}")
+        print(f"corpus {config.data.source}: {corpus.fingerprint['files']:,} documents, "
+              f"{corpus.fingerprint['bytes']:,} bytes")
+        print("to compare, bits per byte on held-out text: "
+              + ", ".join(f"{name} {value:.2f}" for name, value in lines.items()), flush=True)
+
+
+def _listen_for_sigterm() -> threading.Event:
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    return stop
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,63 @@
+"""How close is close: every numerical tolerance of the tests, and the data they share."""
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# RMS(error) / RMS(expected). One rounding to bfloat16 costs about 1.6e-3, whatever the length.
+RMS_LIMIT = {"float32": 1e-6, "bfloat16": 2.5e-3}
+WORST_OVER_RMS = 16  # an RMS alone would hide one bad element among a million
+
+# Against vectors computed in float64: largest error over largest value.
+GOLDEN_LIMIT = 1e-6
+GOLDEN_LAYER_LIMIT = 5e-5
+GOLDEN_GRADIENT_LIMIT = 1e-3  # plus GRADIENT_FLOOR; whole models, whose own float32 noise is 6e-5
+GRADIENT_FLOOR = 1e-6
+GOLDEN_LOGITS_ERROR = 1e-4  # absolute; logits reach about 5
+GOLDEN_PROBABILITY_ERROR = 2e-5
+GOLDEN_LOSS_ERROR = 2e-5
+SAME_COMPUTATION = 2e-5  # absolute, on logits of order 1 computed in another order (packed, padded, permuted)
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def golden(name: str) -> dict[str, np.ndarray]:
+    with np.load(GOLDEN / f"{name}.npz", allow_pickle=False) as file:
+        return dict(file)
+
+
+def assert_matches(actual, expected, *, dtype, scale: float = 1.0) -> None:
+    """Every leaf of `actual` is finite and close to the same leaf of `expected`, which is exact."""
+    limit = scale * RMS_LIMIT[jnp.dtype(dtype).name]
+
+    def check(name, got, want):
+        assert np.isfinite(got).all(), f"{name} has NaN or inf"
+        error, size = got - want, np.sqrt(np.mean(want**2))
+        rms, worst = np.sqrt(np.mean(error**2)), np.abs(error).max()
+        assert rms <= limit * size, f"{name}: RMS error {rms / size:.1e} of its size, limit {limit:.1e}"
+        assert worst <= WORST_OVER_RMS * limit * size, f"{name}: worst error {worst / size:.1e} of its size"
+
+    _each_leaf(check, actual, expected)
+
+
+def assert_golden(actual, expected, *, limit: float = GOLDEN_LIMIT, floor: float = 0.0) -> None:
+    """Every leaf is finite, and its largest error within `limit` of the largest expected value, plus `floor`."""
+
+    def check(name, got, want):
+        assert np.isfinite(got).all(), f"{name} has NaN or inf"
+        worst, allowed = np.abs(got - want).max(), limit * np.abs(want).max() + floor
+        assert worst <= allowed, f"{name}: worst error {worst:.1e}, allowed {allowed:.1e}"
+
+    _each_leaf(check, actual, expected)
+
+
+def _each_leaf(check, actual, expected) -> None:
+    def compare(path, got, want):
+        name = jax.tree_util.keystr(path) or "output"
+        got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+        assert got.shape == want.shape, f"{name}: shape {got.shape}, expected {want.shape}"
+        if want.size:
+            check(name, got, want)
+
+    jax.tree_util.tree_map_with_path(compare, actual, expected)
