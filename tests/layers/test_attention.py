@@ -7,13 +7,14 @@ import pytest
 
 from layers import Attention, dot_product_attention
 from tests.assertions import assert_matches
+from tests.inputs import Draw
 
 IMPLEMENTATIONS = ["reference", "xla"]
 
 
 def _inputs(t, dtype="float32", b=2, h=3, k=16):
-    keys = jax.random.split(jax.random.key(t), 4)
-    q, k_, v, dy = (jax.random.normal(key, (b, t, h, k), dtype) for key in keys)
+    draw = Draw(seed=t)
+    q, k_, v, dy = (draw(b, t, h, k, dtype=dtype) for _ in range(4))
     return (q, k_, v), dy
 
 
@@ -56,7 +57,8 @@ def test_xla_matches_reference_in_value_and_gradient(t, window, dtype):
 
     @partial(jax.jit, static_argnums=2)
     def value_and_gradient(inputs, dy, implementation):
-        run = partial(dot_product_attention, window=window, segment_ids=_segments(t), implementation=implementation)
+        run = partial(
+            dot_product_attention, window=window, segment_ids=_segments(t), implementation=implementation)
         y, vjp = jax.vjp(run, *inputs)
         return y, vjp(dy)
 
@@ -81,7 +83,7 @@ def test_padding_gets_zero_and_gives_finite_gradients(implementation):
 
 def test_module_restarts_positions_with_every_segment():
     module = Attention(num_heads=2, rotary_width=8)
-    x = jax.random.normal(jax.random.key(1), (1, 12, 32))
+    x = Draw(1)(1, 12, 32)
     ids = jnp.array([[1] * 5 + [2] * 7])
     params = jax.jit(module.init)(jax.random.key(0), x)
     run = jax.jit(module.apply)

@@ -1,13 +1,13 @@
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from layers import causal_depthwise_conv
+from tests.inputs import Draw
 
 TAPS, WIDTH = 4, 5
-KERNEL = jax.random.normal(jax.random.key(1), (TAPS, WIDTH))
-BIAS = jax.random.normal(jax.random.key(2), (WIDTH,))
+KERNEL = Draw(1)(TAPS, WIDTH)
+BIAS = Draw(2)(WIDTH)
 
 
 def _by_hand(x, segment_ids):
@@ -23,7 +23,7 @@ def _by_hand(x, segment_ids):
 
 
 def _x(t):
-    return jax.random.normal(jax.random.key(t), (2, t, WIDTH))
+    return Draw(t)(2, t, WIDTH)
 
 
 @pytest.mark.parametrize("t", [1, 2, 7, 33])
@@ -54,7 +54,7 @@ def test_state_is_that_after_the_last_real_token():
 
 
 def test_a_row_of_padding_leaves_the_state_alone():
-    state = jax.random.normal(jax.random.key(9), (2, TAPS - 1, WIDTH))
+    state = Draw(9)(2, TAPS - 1, WIDTH)
     y, after = causal_depthwise_conv(
         _x(5), KERNEL, BIAS, initial_state=state, segment_ids=jnp.zeros((2, 5), jnp.int32))
     assert (y == 0).all()

@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from layers import (
     straight_through,
 )
 from tests.assertions import assert_matches
+from tests.inputs import Draw
 
 ONES = jnp.ones((1, 6), jnp.int32)
 
@@ -38,7 +41,7 @@ def test_query_belongs_to_the_earlier_token():
 
 def test_segment_starts_are_certain_without_gradient_and_padding_is_never_a_boundary():
     ids = jnp.array([[0, 1, 1, 2, 2, 0]])
-    x = jax.random.normal(jax.random.key(0), (1, 6, 4))
+    x = Draw(0)(1, 6, 4)
     p = boundary_probability(x, x, ids)
     assert list(p[0, jnp.array([0, 1, 3, 5])]) == [0, 1, 1, 0]
     across = jax.grad(lambda x: boundary_probability(x, x, ids)[0, 3])(x)
@@ -89,15 +92,17 @@ def test_refuses_a_capacity_that_rows_cannot_have(capacity):
 
 @pytest.mark.parametrize("c", [1, 7, 64])
 def test_associative_smoothing_matches_reference_in_value_and_gradient(c):
-    keys = jax.random.split(jax.random.key(c), 4)
-    z, dy = (jax.random.normal(key, (2, c, 5)) for key in keys[:2])
-    p = jax.random.uniform(keys[2], (2, c)).at[:, c // 2].set(1.0).at[:, c // 3].set(0.0)
-    restarts = jax.random.bernoulli(keys[3], 0.2, (2, c)).at[:, 0].set(True)
-    run = lambda name: lambda z, p: smooth(z, p, restarts, implementation=name)  # noqa: E731
-    both = [
-        jax.jit(lambda z, p, dy, run=run(name): (run(z, p), jax.vjp(run, z, p)[1](dy)))(z, p, dy)
-        for name in ("associative", "reference")]
-    assert_matches(*both, dtype="float32")
+    draw = Draw(seed=c)
+    z, dy = draw(2, c, 5), draw(2, c, 5)
+    p = draw.uniform(2, c).at[:, c // 2].set(1.0).at[:, c // 3].set(0.0)
+    restarts = (draw.uniform(2, c) < 0.2).at[:, 0].set(True)
+
+    @partial(jax.jit, static_argnums=0)
+    def value_and_gradient(implementation):
+        y, vjp = jax.vjp(partial(smooth, restarts=restarts, implementation=implementation), z, p)
+        return y, vjp(dy)
+
+    assert_matches(value_and_gradient("associative"), value_and_gradient("reference"), dtype="float32")
 
 
 def test_smoothing_keeps_the_clamp_of_the_release():
@@ -117,7 +122,7 @@ def test_smoothing_never_reaches_across_segments():
 
 
 def test_straight_through_is_exactly_one_with_the_gradient_of_p():
-    p = jax.random.uniform(jax.random.key(0), (1000,))
+    p = Draw(0).uniform(1000)
     assert (straight_through(p) == 1).all()
     assert (jax.grad(lambda p: straight_through(p).sum())(p) == 1).all()
 
@@ -140,7 +145,7 @@ def test_ratio_loss_pushes_probabilities_by_the_realised_fraction():
 
 
 def test_router_starts_as_the_raw_cosine():
-    x = jax.random.normal(jax.random.key(3), (1, 6, 8))
+    x = Draw(3)(1, 6, 8)
     router = Router()
     p = router.apply(router.init(jax.random.key(0), x, ONES), x, ONES)
     np.testing.assert_allclose(p, boundary_probability(x, x, ONES), atol=1e-6)

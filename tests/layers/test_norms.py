@@ -5,11 +5,12 @@ import pytest
 
 from layers import rms_norm
 from tests.assertions import assert_matches
+from tests.inputs import Draw
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rms_norm_scales_to_unit_mean_square_in_float32(dtype):
-    x = (100 * jax.random.normal(jax.random.key(0), (3, 7, 64))).astype(dtype)
+    x = (100 * Draw(0)(3, 7, 64)).astype(dtype)
     scale = jnp.linspace(0.5, 2, 64)
     exact = np.asarray(x, np.float64)
     expected = exact / np.sqrt(np.mean(exact**2, -1, keepdims=True) + 1e-5) * np.asarray(scale, np.float64)

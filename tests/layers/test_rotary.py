@@ -1,11 +1,11 @@
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from layers import rotary
+from tests.inputs import Draw
 
-X = jax.random.normal(jax.random.key(0), (2, 9, 3, 16))
+X = Draw(0)(2, 9, 3, 16)
 POSITIONS = jnp.broadcast_to(jnp.arange(9), (2, 9))
 
 

@@ -7,20 +7,20 @@ import pytest
 
 from layers import ssd_scan
 from tests.assertions import GOLDEN_LAYER_LIMIT, assert_golden, assert_matches, golden
+from tests.inputs import Draw
 
 IMPLEMENTATIONS = [("reference", 64), ("chunkwise", 64), ("chunkwise", 16)]
 
 
 def _inputs(t, dtype, hostile):
-    keys = jax.random.split(jax.random.key(t), 7)
-    x, b, c = (jax.random.normal(key, (2, t, heads, size), dtype)
-               for key, heads, size in zip(keys, (4, 2, 2), (12, 8, 8), strict=False))
-    log_decay = -jax.nn.softplus(jax.random.normal(keys[3], (2, t, 4)))
+    draw = Draw(seed=t)
+    x, b, c = draw(2, t, 4, 12, dtype=dtype), draw(2, t, 2, 8, dtype=dtype), draw(2, t, 2, 8, dtype=dtype)
+    log_decay = -np.logaddexp(0, np.asarray(draw(2, t, 4)))
     if hostile:  # -300 wipes a state, 0 keeps it for ever
-        kind = jax.random.randint(keys[4], log_decay.shape, 0, 4)
-        log_decay = jnp.select([kind == 0, kind == 1, kind == 2], [-300.0, -1e-7, 0.0], log_decay)
-    state = jax.random.normal(keys[5], (2, 4, 8, 12))
-    return (x, log_decay, b, c, state), jax.random.split(keys[6])
+        kind = draw.rng.integers(0, 4, log_decay.shape)
+        log_decay = np.select([kind == 0, kind == 1, kind == 2], [-300.0, -1e-7, 0.0], log_decay)
+    cotangent = draw(2, t, 4, 12, dtype=dtype), draw(2, 4, 8, 12)
+    return (x, jnp.asarray(log_decay, jnp.float32), b, c, draw(2, 4, 8, 12)), cotangent
 
 
 def _segments(t):
@@ -39,15 +39,14 @@ def _run(x, log_decay, b, c, state, **options):
 @pytest.mark.parametrize("hostile", [False, True])
 @pytest.mark.parametrize("t", [1, 7, 64, 150])
 def test_chunkwise_matches_reference_in_value_gradient_and_final_state(t, hostile, dtype):
-    inputs, keys = _inputs(t, dtype, hostile)
+    inputs, cotangent = _inputs(t, dtype, hostile)
     segment_ids = _segments(t)  # row 0 is one segment, row 1 several with padding
 
     def values_and_gradients(inputs, cotangent, implementation):
         run = partial(_run, segment_ids=segment_ids, implementation=implementation)
         values, vjp = jax.vjp(run, *inputs)
-        return values, vjp(jax.tree.map(lambda z, like: z.astype(like.dtype), cotangent, values))
+        return values, vjp(cotangent)
 
-    cotangent = (jax.random.normal(keys[0], inputs[0].shape, dtype), jax.random.normal(keys[1], inputs[4].shape))
     exact = jax.tree.map(lambda z: z.astype(jnp.float32), (inputs, cotangent))
     run = jax.jit(values_and_gradients, static_argnums=2)
     (expected, expected_gradients) = run(*exact, "reference")
@@ -118,11 +117,12 @@ def test_a_split_sequence_with_carried_state_equals_the_whole(implementation, ch
 def test_padding_is_silent_and_leaves_the_state_alone(implementation, chunk_size):
     inputs, _ = _inputs(40, "float32", hostile=False)
     ids = jnp.zeros((2, 40), jnp.int32).at[0, 10:20].set(1)
-    y, state = _run(*inputs, segment_ids=ids, implementation=implementation, chunk_size=chunk_size)
+    run = jax.jit(partial(_run, implementation=implementation, chunk_size=chunk_size))
+    y, state = run(*inputs, segment_ids=ids)
     assert (np.asarray(y)[np.asarray(ids) == 0] == 0).all()
     np.testing.assert_array_equal(state[1], inputs[-1][1])
     alone = [z[:1, 10:20] for z in inputs[:-1]] + [inputs[-1][:1]]
-    expected = _run(*alone, implementation=implementation, chunk_size=chunk_size)
+    expected = run(*alone)
     assert_matches((y[:1, 10:20], state[:1]), expected, dtype="float32")
 
 

@@ -1,0 +1,36 @@
+# make train   trains the quick-start H-Net on this machine into runs/quickstart
+# make test    runs the tests, without those marked slow; make test-slow runs those
+# make lint    checks style;  make test-tpu-aot compiles the train step for TPUs, without one
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+train: $(STAMP)
+	$(RUN) -m experiments.train --config=quickstart --workdir=runs/quickstart
+
+test: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(RUN) -m pytest -m "not slow"
+
+test-slow: $(STAMP)
+	$(RUN) -m pytest -m slow
+
+test-tpu-aot: $(STAMP)
+	$(RUN) -m pip install --quiet --editable '.[plan]'
+	$(RUN) -m pytest -m slow tests/experiments/test_tpu_compile.py
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version). Try: make PYTHON=python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --editable '.[test]'
+	@touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) runs
+
+.PHONY: train test test-slow test-tpu-aot lint clean

@@ -1,0 +1,58 @@
+"""Small models with weights drawn away from their initial values, whose routers therefore cut at random."""
+import dataclasses
+from functools import cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hnet import HNetConfig, HNetLM, StageConfig, parameter_shapes
+from tests.inputs import Draw
+
+MARGIN = 1e-4  # no probability this close to 1/2: rounding must not move a boundary
+
+
+def two_stage_config(**stage_fields) -> HNetConfig:
+    common = dict(num_heads=2, rotary_width=8, feed_forward_width=24, ssm_state_size=8, ssm_head_width=16)
+    stages = (
+        StageConfig(width=16, encoder="m1", decoder="m1", **common, **stage_fields),
+        StageConfig(width=16, encoder="T1", decoder="m1", window=5, **common, **stage_fields),
+        StageConfig(width=24, encoder="t1", decoder="", **{**common, "rotary_width": 12}),
+    )
+    return HNetConfig(stages=stages, vocab_size=61)
+
+
+def random_params(config: HNetConfig, seed: int = 0) -> dict:
+    """Weights large enough that boundaries are many and logits of order 1."""
+    draw = Draw(seed)
+
+    def leaf(path, shape):
+        name = path[-1].key
+        if "scale" in name or name == "skip":
+            return 1 + 0.1 * draw(*shape.shape)
+        fan_in = shape.shape[-2] if len(shape.shape) > 1 and name != "embedding" else 1
+        return draw(*shape.shape) / fan_in**0.5
+
+    return jax.tree_util.tree_map_with_path(leaf, parameter_shapes(config))
+
+
+@cache
+def compiled(config: HNetConfig):
+    return jax.jit(lambda params, tokens, segment_ids: HNetLM(config).apply(
+        {"params": params}, tokens, segment_ids))
+
+
+def with_capacity(config: HNetConfig, capacity: float) -> HNetConfig:
+    stages = tuple(dataclasses.replace(stage, capacity=capacity) for stage in config.stages)
+    return dataclasses.replace(config, stages=stages)
+
+
+def clear_tokens(config: HNetConfig, params: dict, segment_ids: np.ndarray) -> np.ndarray:
+    """Tokens for which every boundary probability of every stage is at least MARGIN away from 1/2."""
+    run = partial(compiled(config), params)
+    for seed in range(100):
+        tokens = np.random.default_rng(seed).integers(0, config.vocab_size, segment_ids.shape, dtype=np.int32)
+        output = run(tokens, segment_ids)
+        if all((jnp.abs(stage.boundary_prob - 0.5) > MARGIN).all() for stage in output.stages.values()):
+            return tokens
+    raise AssertionError("no tokens with clear boundaries in 100 draws")

@@ -1,0 +1,85 @@
+import dataclasses
+import json
+
+import pytest
+
+from hnet import HNetConfig, StageConfig
+from tests.hnet.models import two_stage_config
+
+OFFICIAL = {
+    "arch_layout": ["m4", ["T1m4", ["T26"], "m4T1"], "m4"], "d_model": [1024, 1024, 1536],
+    "d_intermediate": [0, 2816, 4096], "vocab_size": 256, "tie_embeddings": False,
+    "ssm_cfg": {"chunk_size": 256, "d_conv": 4, "d_state": 128, "expand": 2},
+    "attn_cfg": {"num_heads": [16, 16, 16], "rotary_emb_dim": [32, 32, 48], "window_size": [1023, 1023, -1]},
+}
+
+
+def test_reads_the_official_json():
+    config = HNetConfig.from_official_json(json.dumps(OFFICIAL))
+    assert [stage.width for stage in config.stages] == [1024, 1024, 1536]
+    assert [(stage.encoder, stage.decoder) for stage in config.stages] == [
+        ("m4", "m4"), ("T1m4", "m4T1"), ("T26", "")]
+    assert config.stages[1].encoder_runs == (("T", 1), ("m", 4))
+    assert [stage.window for stage in config.stages] == [1023, 1023, -1]
+    assert all(stage.capacity == 1 for stage in config.stages) and config.dtype == "float32"
+
+
+def test_official_values_may_be_shared_and_feed_forward_widths_are_rounded_up():
+    shared = OFFICIAL | {"d_intermediate": [0, 100, 129], "attn_cfg": {
+        "num_heads": 16, "rotary_emb_dim": 32, "window_size": -1}}
+    config = HNetConfig.from_official_json(json.dumps(shared), dtype="bfloat16", capacity=0.5)
+    assert [stage.num_heads for stage in config.stages] == [16, 16, 16]
+    assert [stage.feed_forward_width for stage in config.stages] == [0, 128, 256]
+    assert config.dtype == "bfloat16" and config.stages[0].capacity == 0.5
+
+
+def test_a_model_without_hierarchy_has_one_stage():
+    config = HNetConfig.from_official_json(json.dumps(OFFICIAL | {
+        "arch_layout": ["T24"], "d_model": [1024], "d_intermediate": [2816]}))
+    assert len(config.stages) == 1 and config.stages[0].decoder == ""
+
+
+def test_dictionary_form_round_trips():
+    config = two_stage_config(capacity=0.5)
+    assert HNetConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    (dict(encoder="T2", num_heads=3, feed_forward_width=8), "num_heads 3 must divide width 64"),
+    (dict(encoder="T2", num_heads=4), "set feed_forward_width"),
+    (dict(encoder="t2", num_heads=4, rotary_width=18), "rotary_width 18 must be even and at most .* 16"),
+    (dict(encoder="m2", ssm_head_width=48), "not a multiple of ssm_head_width 48"),
+    (dict(encoder="m2x1"), "layout 'm2x1' must be letters"),
+    (dict(encoder="m0"), "layout 'm0' must be letters"),
+    (dict(capacity=0.0), "capacity 0.0 is a fraction"),
+    (dict(window=-2), "window -2 must be"),
+])
+def test_a_stage_refuses_values_that_do_not_fit(fields, message):
+    with pytest.raises(ValueError, match=message):
+        StageConfig(width=64, **fields)
+
+
+@pytest.mark.parametrize(("stages", "message"), [
+    ((), "at least one stage"),
+    ((StageConfig(width=64),), "stage0 is innermost"),
+    ((StageConfig(width=64, decoder=""), StageConfig(width=64, decoder="")), "stage0.decoder is empty"),
+    ((StageConfig(width=128), StageConfig(width=64, decoder="")), "narrower going inward"),
+    ((StageConfig(width=64, encoder="", decoder=""),), "stage0.encoder is empty"),
+])
+def test_a_model_refuses_stages_that_do_not_nest(stages, message):
+    with pytest.raises(ValueError, match=message):
+        HNetConfig(stages=stages)
+
+
+def test_unknown_fields_are_refused_by_path():
+    fields = two_stage_config().to_dict()
+    fields["stages"]["stage1"]["widht"] = 3
+    with pytest.raises(ValueError, match=r"stages\.stage1\.widht"):
+        HNetConfig.from_dict(fields)
+
+
+def test_configs_are_hashable_and_frozen():
+    config = two_stage_config()
+    assert hash(config) == hash(two_stage_config())
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.vocab_size = 3
