@@ -129,12 +129,15 @@ def compile_program(config: RunConfig, mesh: Mesh) -> Program:
         params = nn.unbox(_init_boxed(model, key))
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
-    shapes = jax.eval_shape(init, jax.random.key(0))
-    boxed = jax.eval_shape(partial(_init_boxed, model), jax.random.key(0))
+    key = jax.eval_shape(jax.random.key, 0)  # abstract: the mesh may be of devices that are not here
+    shapes = jax.eval_shape(init, key)
+    boxed = jax.eval_shape(partial(_init_boxed, model), key)
     of_params = parameter_shardings(boxed, params, mesh)
-    of_optimizer = optax.tree_utils.tree_map_params(
-        optimizer, lambda _, sharding: sharding, shapes.opt_state, of_params,
-        transform_non_params=lambda _: replicated(mesh))
+    def is_moment(node: Any) -> bool:
+        return jax.tree.structure(node) == jax.tree.structure(params)
+
+    of_optimizer = jax.tree.map(
+        lambda node: of_params if is_moment(node) else replicated(mesh), shapes.opt_state, is_leaf=is_moment)
     shardings = TrainState(replicated(mesh), of_params, of_optimizer)
     step = partial(train_step, model=model, config=config, optimizer=optimizer)
     return Program(

@@ -1,0 +1,51 @@
+"""The sharded train step compiles for real TPU topologies, without a TPU. `make test-tpu-aot` runs this."""
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = """
+import json, sys
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from experiments.config import RunConfig
+from experiments.config_loading import load_config
+from experiments.mesh import batch_sharding, make_mesh, use_mesh
+from experiments.train_step import compile_program
+
+topology, dtype = sys.argv[1:]
+devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+config = RunConfig.from_config_dict(load_config("hnet2_tiny_stdlib", [f"--config.model.dtype={dtype}"]))
+mesh = make_mesh(2, list(devices))
+with use_mesh(mesh):
+    program = compile_program(config, mesh)
+    shape = (config.data.batch_size, config.data.sequence_length + 1)
+    tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
+    compiled = program.step.lower(program.abstract_state, {"tokens": tokens, "segment_ids": tokens}).compile()
+text = compiled.as_text()
+print(json.dumps({"temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
+                  "all_reduces": text.count("all-reduce("), "devices": len(devices)}))
+"""
+OFFLINE = {  # the compiler neither looks for a TPU nor refuses a second user of its library
+    "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: make test-tpu-aot")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("topology", "num_devices"), [("v5e:2x2", 4), ("v6e:2x2", 4), ("v5p:2x2x1", 4)])
+def test_the_sharded_train_step_compiles_for(topology, num_devices, dtype):
+    run = subprocess.run([sys.executable, "-c", PROGRAM, topology, dtype], capture_output=True, text=True,
+                         cwd=ROOT, env=os.environ | OFFLINE)
+    assert run.returncode == 0, run.stderr[-3000:]
+    report = json.loads(run.stdout.splitlines()[-1])
+    assert report["devices"] == num_devices
+    assert report["all_reduces"] > 0, "gradients of a sharded batch must be summed across devices"
+    assert report["temporary_bytes"] < 2**30
