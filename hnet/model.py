@@ -10,7 +10,7 @@ from flax import struct
 from hnet.config import HNetConfig, StageConfig
 from hnet.isotropic import Isotropic
 from layers import Router, assign_chunks, chunk, dechunk, ratio_loss, straight_through
-from layers.array_types import Array, Float, Int, typed
+from layers.array_types import Array, Float, Int, Integer, Scalar, typed
 
 
 @struct.dataclass
@@ -23,7 +23,7 @@ class StageOutput:
     num_overflow: jax.Array    # [b] int32: boundaries past the capacity, whose tokens joined the chunk before
     capacity: int = struct.field(pytree_node=False)  # chunk slots per row
 
-    def ratio_loss(self, target: float | jax.Array) -> jax.Array:
+    def ratio_loss(self, target: Scalar) -> jax.Array:
         """Eq. 10 over the batch's real tokens, for `target` tokens per chunk; see `layers.ratio_loss`."""
         return ratio_loss(self.boundary_prob, self.boundary_mask, self.mask, target)
 
@@ -51,7 +51,9 @@ class HNetLM(nn.Module):
 
     @nn.compact
     @typed
-    def __call__(self, tokens: Int[Array, "b t"], segment_ids: Int[Array, "b t"] | None = None) -> HNetOutput:
+    def __call__(
+        self, tokens: Integer[Array, "b t"], segment_ids: Integer[Array, "b t"] | None = None
+    ) -> HNetOutput:
         """Predicts each next token from those before it in the same segment.
 
         Args:
@@ -63,12 +65,13 @@ class HNetLM(nn.Module):
         width = config.stages[0].width
         if segment_ids is None:
             segment_ids = jnp.ones(tokens.shape, jnp.int32)
+        segment_ids = jnp.asarray(segment_ids, jnp.int32)
         # A tied embedding is also the head, which at std 1 would start with enormous logits.
         std = 0.02 if config.tie_embeddings else 1.0
         init = nn.with_logical_partitioning(nn.initializers.normal(std), ("vocab", "embed"))
         embedding = self.param("embedding", init, (config.vocab_size, width))
         x = jnp.take(embedding, tokens, axis=0, mode="fill").astype(config.compute_dtype)
-        x, stages = HNet(config, 0, name="stage0")(_constrain(x), jnp.asarray(segment_ids))
+        x, stages = HNet(config, 0, name="stage0")(_constrain(x), segment_ids)
         if config.tie_embeddings:
             head = embedding.T
         else:

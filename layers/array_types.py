@@ -13,11 +13,12 @@ crosses from one segment into another. Their arithmetic is in `segments.py`.
 import jax
 import numpy as np
 from beartype import beartype
-from jaxtyping import Bool, Float, Int, jaxtyped
+from jaxtyping import Bool, Float, Int, Integer, jaxtyped
 
-__all__ = ["Array", "Bool", "Float", "Int", "typed"]
+__all__ = ["Array", "Bool", "Float", "Int", "Integer", "Scalar", "typed"]
 
 Array = jax.Array | np.ndarray
+Scalar = int | float | np.number | Float[Array, ""] | Integer[Array, ""]  # a number, traced or not
 
 # Checks shapes and dtypes while tracing, so a compiled step pays nothing. Not for pytree classes:
 # tree.map, vmap and float0 cotangents rebuild those with leaves that are no arrays.

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from layers.array_types import Array, Bool, Float, Int, typed
+from layers.array_types import Array, Bool, Float, Int, Scalar, typed
 from layers.segments import segment_starts
 
 # The release clamps the smoothing weight to [1e-4, 1 - 1e-4], so even a first chunk counts 0.9999.
@@ -163,7 +163,7 @@ def ratio_loss(
     boundary_prob: Float[Array, "b t"],
     boundary_mask: Bool[Array, "b t"],
     mask: Bool[Array, "b t"],
-    target: float | Float[Array, ""],
+    target: Scalar,
 ) -> Float[Array, ""]:
     """Pulls the fraction of boundaries towards 1 / target (eq. 10); it is 1 there.
 
