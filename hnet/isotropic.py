@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 
 from hnet.config import StageConfig
-from layers import Attention, Mamba2, RMSNorm, SwiGLU
+from layers import Attention, KVCache, Mamba2, Mamba2State, RMSNorm, SwiGLU
 from layers.array_types import Array, Float, Int, typed
+
+MixerState = KVCache | Mamba2State
 
 
 class Block(nn.Module):
@@ -22,20 +24,23 @@ class Block(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, carry: tuple[jax.Array, jax.Array], segment_ids: jax.Array):
-        """(last output, residual), each [b, t, d] -> the same, for `nn.scan`."""
+    def __call__(
+        self, carry: tuple[jax.Array, jax.Array], segment_ids: jax.Array, state: MixerState | None
+    ) -> tuple[tuple[jax.Array, jax.Array], MixerState | None]:
+        """((last output, residual), segments, state) -> ((output, residual), state), for `nn.scan`.
+
+        Output and residual are [b, t, d]. Without a state to go on from, none is returned.
+        """
         h, residual = carry
         residual = residual + h
-        h = self._mixer()(RMSNorm(name="mixer_norm")(residual).astype(self.dtype), segment_ids)
-        if self.letter in "mM":
-            h, _ = h  # the state is for decoding
+        h, after = self._mixer()(RMSNorm(name="mixer_norm")(residual).astype(self.dtype), segment_ids, state)
         if self.letter in "MT":
             residual = residual + h
             feed_forward = SwiGLU(
                 self.stage.feed_forward_width, out_init_std=self.out_init_std, dtype=self.dtype,
                 name="feed_forward")
             h = feed_forward(RMSNorm(name="feed_forward_norm")(residual).astype(self.dtype))
-        return (h.astype(residual.dtype), residual), None
+        return (h.astype(residual.dtype), residual), None if state is None else after
 
     def _mixer(self) -> nn.Module:
         stage = self.stage
@@ -67,17 +72,40 @@ class Isotropic(nn.Module):
     @nn.compact
     @typed
     def __call__(
-        self, x: Float[Array, "b t d"], segment_ids: Int[Array, "b t"]
-    ) -> Float[Array, "b t d"]:
+        self,
+        x: Float[Array, "b t d"],
+        segment_ids: Int[Array, "b t"],
+        state: tuple[MixerState, ...] | None = None,
+    ) -> tuple[Float[Array, "b t d"], tuple[MixerState, ...] | None]:
+        """Returns the output, and the state of every run (stacked over its layers) if it was given one."""
         # The residual stream is float32 whatever the compute dtype.
         h = x.astype(jnp.float32)
         carry = (h, jnp.zeros_like(h))
         block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        after = []
         for index, (letter, count) in enumerate(self.runs):
             layers = nn.scan(
-                block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast,
+                block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(nn.broadcast, 0),
                 length=count, metadata_params={nn.PARTITION_NAME: "layers"})
-            carry, _ = layers(letter, self.stage, self.out_init_std, self.dtype, name=f"run{index}")(
-                carry, segment_ids)
+            carry, run_state = layers(letter, self.stage, self.out_init_std, self.dtype, name=f"run{index}")(
+                carry, segment_ids, None if state is None else state[index])
+            after.append(run_state)
         h, residual = carry
-        return RMSNorm(name="final_norm")(h + residual).astype(self.dtype)
+        y = RMSNorm(name="final_norm")(h + residual).astype(self.dtype)
+        return y, None if state is None else tuple(after)
+
+
+def empty_state(
+    runs: tuple[tuple[str, int], ...], stage: StageConfig, batch: int, max_length: int, dtype: jnp.dtype
+) -> tuple[MixerState, ...]:
+    """The state of an `Isotropic` before the first token; attention holds up to `max_length` tokens a row."""
+    def of_layer(letter: str) -> MixerState:
+        if letter in "tT":
+            return KVCache.empty(batch, max_length, stage.num_heads, stage.width // stage.num_heads, dtype)
+        return Mamba2State.empty(
+            batch, stage.width, state_size=stage.ssm_state_size, expand=stage.ssm_expand,
+            head_width=stage.ssm_head_width, conv_taps=stage.ssm_conv_taps, dtype=dtype)
+
+    return tuple(
+        jax.tree.map(lambda leaf, count=count: jnp.repeat(leaf[None], count, axis=0), of_layer(letter))
+        for letter, count in runs)

@@ -1,5 +1,5 @@
 """Causal dot-product attention with a sliding window and segments; and its linen module."""
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -23,16 +23,11 @@ def dot_product_attention(
     segment_ids: Int[Array, "b t"] | None = None,
     implementation: AttentionImplementation = "auto",
 ) -> Float[Array, "b t h v"]:
-    """Attends from every token to itself and to earlier tokens of its segment.
-
-    softmax(q k^T / sqrt(k)) v ("Attention Is All You Need", eq. 1), softmax in float32. A token that sees
-    nothing (padding) gets 0.
+    """Attends from every token to itself and to earlier tokens of its segment; see `masked_attention`.
 
     Args:
       window: how many earlier tokens are seen; token i sees i - window .. i, so window + 1 of them. -1: all.
       segment_ids: 0 = padding; tokens see only their own segment. None: each row is one segment.
-      implementation: "reference" is the float32 spec; "xla" is jax.nn.dot_product_attention, whose matmuls
-        run in the input dtype; "auto" means "xla".
     Raises:
       ValueError: `window` is below -1.
     """
@@ -40,14 +35,35 @@ def dot_product_attention(
         raise ValueError(f"window {window} must be -1 (unlimited) or the number of earlier tokens to see")
     if segment_ids is None:
         segment_ids = jnp.ones(q.shape[:2], jnp.int32)
-    may_attend = causal_mask(segment_ids, window)
+    return masked_attention(q, k, v, causal_mask(segment_ids, window), implementation=implementation)
+
+
+@typed
+def masked_attention(
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b s h k"],
+    v: Float[Array, "b s h v"],
+    may_attend: Bool[Array, "b t s"],
+    *,
+    implementation: AttentionImplementation = "auto",
+) -> Float[Array, "b t h v"]:
+    """Returns softmax(q k^T / sqrt(k)) v over the keys that each query may see.
+
+    "Attention Is All You Need" (arXiv 1706.03762), eq. 1; softmax in float32. A query that sees nothing gets 0.
+
+    Args:
+      implementation: "reference" is the float32 spec; "xla" is jax.nn.dot_product_attention, whose matmuls
+        run in the input dtype; "auto" means "xla".
+    Raises:
+      NotImplementedError: "xla" was asked for heads whose keys and values differ in width.
+    """
     if implementation == "reference":
-        return dot_product_attention_reference(q, k, v, may_attend)
+        return masked_attention_reference(q, k, v, may_attend)
     if q.shape[-1] != v.shape[-1]:
         raise NotImplementedError(
             f'implementation="xla" needs heads of one width; keys have {q.shape[-1]}, values {v.shape[-1]}')
     y = jax.nn.dot_product_attention(q, k, v, mask=may_attend[:, None], implementation="xla")
-    return jnp.where((segment_ids != 0)[:, :, None, None], y, 0)
+    return jnp.where(jnp.any(may_attend, axis=-1)[:, :, None, None], y, 0)
 
 
 @typed
@@ -61,7 +77,7 @@ def causal_mask(segment_ids: Int[Array, "b t"], window: int = -1) -> Bool[Array,
 
 
 @typed
-def dot_product_attention_reference(
+def masked_attention_reference(
     q: Float[Array, "b t h k"],
     k: Float[Array, "b s h k"],
     v: Float[Array, "b s h v"],
@@ -77,10 +93,37 @@ def dot_product_attention_reference(
     return jnp.einsum("bhts,bshv->bthv", weights, values, precision=exact).astype(v.dtype)
 
 
+class KVCache(NamedTuple):
+    """Keys and values of the tokens read so far, rotated already, in the order they were read."""
+
+    k: jax.Array       # [b, s, h, k]; s is the capacity
+    v: jax.Array       # [b, s, h, v]
+    length: jax.Array  # [b] int32: tokens held; a token past the capacity is counted but not kept
+
+    @classmethod
+    def empty(cls, batch: int, capacity: int, num_heads: int, head_width: int, dtype: jnp.dtype) -> "KVCache":
+        shape = (batch, capacity, num_heads, head_width)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+
+    def positions(self, is_real: jax.Array) -> jax.Array:
+        """[b, t] bool -> [b, t] int32: where in its row each new real token goes."""
+        return self.length[:, None] + jnp.cumsum(is_real, axis=1, dtype=jnp.int32) - 1
+
+    def append(self, k: jax.Array, v: jax.Array, is_real: jax.Array) -> "KVCache":
+        """Adds the real ones among new tokens [b, t, h, k]; rows without any keep their cache as it is."""
+        row = jnp.arange(k.shape[0])[:, None]
+        slot = jnp.where(is_real, self.positions(is_real), self.k.shape[1])  # one past the end is dropped
+        return KVCache(
+            self.k.at[row, slot].set(k.astype(self.k.dtype), mode="drop"),
+            self.v.at[row, slot].set(v.astype(self.v.dtype), mode="drop"),
+            self.length + jnp.sum(is_real, axis=1, dtype=jnp.int32),
+        )
+
+
 class Attention(nn.Module):
     """Multi-head causal self-attention with rotary positions, without biases.
 
-    Positions restart with every segment.
+    Positions restart with every segment; with a cache each row is one segment, which the cache began.
 
     Attributes:
       num_heads: heads; must divide the width of the input.
@@ -100,21 +143,35 @@ class Attention(nn.Module):
     @nn.compact
     @typed
     def __call__(
-        self, x: Float[Array, "b t d"], segment_ids: Int[Array, "b t"] | None = None
-    ) -> Float[Array, "b t d"]:
+        self,
+        x: Float[Array, "b t d"],
+        segment_ids: Int[Array, "b t"] | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Float[Array, "b t d"], KVCache | None]:
+        """Returns the output, and the cache with the new real tokens in it (None if there was none)."""
         width = x.shape[-1]
         if width % self.num_heads:
             raise ValueError(f"width {width} is not a multiple of num_heads {self.num_heads}")
         if segment_ids is None:
             segment_ids = jnp.ones(x.shape[:2], jnp.int32)
+        is_real = segment_ids != 0
         qkv = Linear(
             (3, self.num_heads, width // self.num_heads), ("embed", None, "heads", "head_width"),
             init_std=self.init_std, dtype=self.dtype, name="qkv")(x)
-        positions = segment_positions(segment_ids)
+        positions = segment_positions(segment_ids) if cache is None else cache.positions(is_real)
         q = rotary(qkv[:, :, 0], positions, width=self.rotary_width)
         k = rotary(qkv[:, :, 1], positions, width=self.rotary_width)
-        y = dot_product_attention(
-            q, k, qkv[:, :, 2], window=self.window, segment_ids=segment_ids, implementation=self.implementation)
-        return Linear(
+        v = qkv[:, :, 2]
+        if cache is None:
+            y = dot_product_attention(
+                q, k, v, window=self.window, segment_ids=segment_ids, implementation=self.implementation)
+        else:
+            cache = cache.append(k, v, is_real)
+            distance = positions[:, :, None] - jnp.arange(cache.k.shape[1])  # [b, t, s]
+            near = (distance <= self.window) if self.window >= 0 else True
+            may_attend = (distance >= 0) & near & is_real[:, :, None]
+            y = masked_attention(q, cache.k, cache.v, may_attend, implementation=self.implementation)
+        y = Linear(
             (width,), ("heads", "head_width", "embed"),
             init_std=self.out_init_std, dtype=self.dtype, name="out")(y)
+        return y, cache

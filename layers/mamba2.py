@@ -20,6 +20,19 @@ class Mamba2State(NamedTuple):
     conv_bc: jax.Array  # [b, taps - 1, 2 * groups * k]: the same over keys and queries
     ssm: jax.Array      # [b, h, k, v] float32
 
+    @classmethod
+    def empty(
+        cls, batch: int, width: int, *, state_size: int, expand: int, head_width: int, conv_taps: int,
+        num_groups: int = 1, dtype: jnp.dtype = jnp.float32,
+    ) -> "Mamba2State":
+        """The state before the first token, of a `Mamba2` with these attributes at this model width."""
+        inner, history = expand * width, (batch, conv_taps - 1)
+        return cls(
+            jnp.zeros((*history, inner), dtype),
+            jnp.zeros((*history, 2 * num_groups * state_size), dtype),
+            jnp.zeros((batch, inner // head_width, state_size, head_width), jnp.float32),
+        )
+
 
 class Mamba2(nn.Module):
     """Gated SSD: project, convolve, scan, gate and normalise, project.

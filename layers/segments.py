@@ -5,7 +5,7 @@ Ids are as `array_types` defines them: 0 is padding, non-zero ids are contiguous
 import jax
 import jax.numpy as jnp
 
-from layers.array_types import Array, Bool, Int, typed
+from layers.array_types import Array, Bool, Int, Shaped, typed
 
 
 @typed
@@ -21,6 +21,13 @@ def segment_positions(segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
     index = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
     start = jax.lax.cummax(jnp.where(segment_starts(segment_ids), index, 0), axis=1)
     return index - start
+
+
+@typed
+def last_real(x: Shaped[Array, "b t *d"], segment_ids: Int[Array, "b t"]) -> Shaped[Array, "b *d"]:
+    """The entry of `x` at the last token that is not padding; the first entry of a row of padding."""
+    index = jnp.max(jnp.where(segment_ids != 0, jnp.arange(segment_ids.shape[1]), 0), axis=1)
+    return x[jnp.arange(x.shape[0]), index]
 
 
 @typed

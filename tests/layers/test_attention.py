@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layers import Attention, dot_product_attention
+from layers import Attention, KVCache, dot_product_attention
 from tests.assertions import assert_matches
 from tests.inputs import Draw
 
@@ -87,9 +87,31 @@ def test_module_restarts_positions_with_every_segment():
     ids = jnp.array([[1] * 5 + [2] * 7])
     params = jax.jit(module.init)(jax.random.key(0), x)
     run = jax.jit(module.apply)
-    packed = run(params, x, ids)
-    apart = [run(params, x[:, :5]), run(params, x[:, 5:])]
+    packed, _ = run(params, x, ids)
+    apart = [run(params, x[:, :5])[0], run(params, x[:, 5:])[0]]
     np.testing.assert_allclose(packed, jnp.concatenate(apart, axis=1), atol=1e-6)
+
+
+@pytest.mark.parametrize("window", [-1, 3])
+def test_a_cache_gives_what_the_whole_sequence_gives_for_ragged_rows(window):
+    """Pieces of any length, padded on either side, and a row that sits a piece out."""
+    module = Attention(num_heads=2, rotary_width=8, window=window)
+    x = Draw(2)(3, 12, 32)
+    params = jax.jit(module.init)(jax.random.key(0), x)
+    run = jax.jit(module.apply)
+    whole, _ = run(params, x)
+    cache = KVCache.empty(3, 12, 2, 16, jnp.float32)
+    num_read = np.zeros(3, int)
+    for counts, side in (((4, 1, 0), "right"), ((2, 5, 3), "left"), ((6, 6, 6), "right"), ((0, 0, 3), "right")):
+        piece, ids = np.zeros((3, 6, 32), np.float32), np.zeros((3, 6), np.int32)
+        spans = [slice(0, n) if side == "right" else slice(6 - n, 6) for n in counts]
+        for row, (n, span) in enumerate(zip(counts, spans, strict=True)):
+            piece[row, span], ids[row, span] = x[row, num_read[row] : num_read[row] + n], 1
+        y, cache = run(params, jnp.asarray(piece), jnp.asarray(ids), cache)
+        for row, (n, span) in enumerate(zip(counts, spans, strict=True)):
+            np.testing.assert_allclose(y[row, span], whole[row, num_read[row] : num_read[row] + n], atol=1e-6)
+        num_read += counts
+    np.testing.assert_array_equal(cache.length, num_read)
 
 
 def test_refuses_heads_that_do_not_divide_the_width():

@@ -80,7 +80,7 @@ def test_a_segment_without_a_slot_reads_nothing_rather_than_its_neighbours_chunk
     ids = jnp.array([[1, 1, 1, 2, 2, 0]])
     plan = assign_chunks(_mask("xx.x.x"), ids, 2)
     assert plan.slot.tolist() == [[0, 1, 1, 2, 2, 2]]
-    y = dechunk(jnp.ones((1, 2, 3)), jnp.full((1, 6), 0.9), plan)
+    y, _ = dechunk(jnp.ones((1, 2, 3)), jnp.full((1, 6), 0.9), plan)
     assert (y[0, 3:] == 0).all() and (y[0, :3] > 0.8).all()
 
 
@@ -116,7 +116,7 @@ def test_smoothing_keeps_the_clamp_of_the_release():
 def test_smoothing_never_reaches_across_segments():
     plan = assign_chunks(_mask("xx.xx."), jnp.array([[1, 1, 1, 2, 2, 2]]), 6)
     p = jnp.array([[1, 0.6, 0, 1, 0.7, 0]])
-    read = lambda z: dechunk(z, p, plan)[0, 3:].sum()  # noqa: E731
+    read = lambda z: dechunk(z, p, plan)[0][0, 3:].sum()  # noqa: E731
     gradient = jax.grad(read)(jnp.ones((1, 6, 2)))
     assert (gradient[0, :2] == 0).all() and (gradient[0, 2:4] > 0).all()
 
@@ -147,5 +147,27 @@ def test_ratio_loss_pushes_probabilities_by_the_realised_fraction():
 def test_router_starts_as_the_raw_cosine():
     x = Draw(3)(1, 6, 8)
     router = Router()
-    p = router.apply(router.init(jax.random.key(0), x, ONES), x, ONES)
+    p, _ = router.apply(router.init(jax.random.key(0), x, ONES), x, ONES)
     np.testing.assert_allclose(p, boundary_probability(x, x, ONES), atol=1e-6)
+
+
+def test_a_row_that_goes_on_reads_its_chunk_until_the_next_boundary():
+    plan = assign_chunks(_mask("..x..", "....."), jnp.array([[1] * 5, [1] * 3 + [0] * 2]), 5)
+    value = jnp.array([[2.0], [3.0]])
+    y, last = dechunk(jnp.ones((2, 5, 1)), jnp.full((2, 5), 0.75), plan, initial_value=value)
+    assert y[0, :, 0].tolist() == [2, 2, 1.25, 1.25, 1.25] and y[1, :3, 0].tolist() == [3, 3, 3]
+    assert last[:, 0].tolist() == [1.25, 3]
+
+
+def test_a_router_goes_on_from_the_last_real_token():
+    x = Draw(4)(2, 8, 6)
+    router = Router()
+    params = router.init(jax.random.key(0), x, jnp.ones((2, 8), jnp.int32))
+    whole, _ = router.apply(params, x, jnp.ones((2, 8), jnp.int32))
+    first, state = router.apply(params, x[:, :4], jnp.array([[1, 1, 1, 1], [1, 1, 0, 0]]))
+    idle, state = router.apply(params, x[:, :2], jnp.zeros((2, 2), jnp.int32), state)
+    assert (idle == 0).all()
+    rest = jnp.stack([x[0, 4:], x[1, 2:6]])
+    second, _ = router.apply(params, rest, jnp.ones((2, 4), jnp.int32), state)
+    np.testing.assert_allclose(jnp.concatenate([first[0], second[0]]), whole[0], atol=1e-6)
+    np.testing.assert_allclose(jnp.concatenate([first[1, :2], second[1]]), whole[1, :6], atol=1e-6)
