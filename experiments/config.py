@@ -43,6 +43,14 @@ class OptimizerConfig:
             if value not in choices:
                 raise ValueError(f"optimizer.{field} {value!r} is not one of {', '.join(choices)}"
                                  f"{suggest(value, choices)}")
+        for field in ("decay_fraction", "final_lr_fraction", "b1", "b2"):
+            value = getattr(self, field)
+            if not 0 <= value <= 1:
+                raise ValueError(f"optimizer.{field} {value} must be from 0 to 1")
+        for field in ("peak_lr", "warmup_steps", "weight_decay", "max_grad_norm"):
+            value = getattr(self, field)
+            if value < 0:
+                raise ValueError(f"optimizer.{field} {value} must not be negative")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,6 +89,8 @@ class RunConfig:
             value = _get(self, field)
             if value < 1:
                 raise ValueError(f"{field} {value} must be at least 1")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed {self.seed} must be from 0 to 2**32 - 1")
         if self.data.batch_size % self.optimizer.accumulation_steps:
             raise ValueError(
                 f"data.batch_size {self.data.batch_size} is not a multiple of optimizer.accumulation_steps "

@@ -1,4 +1,5 @@
 """How a command ends: 0 done, 1 the run failed, 2 the caller's mistake, 143 stopped by SIGTERM."""
+import logging
 import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
@@ -20,6 +21,8 @@ def suggest(name: str, choices: Iterable[str]) -> str:
 
 def run_command(main: Callable[[list[str]], int | None]) -> None:
     """Runs `main(arguments)` and exits with what it returns, or with the code of the error it raised."""
+    # Forced: libraries set up a format of their own as they are imported.
+    logging.basicConfig(format="%(levelname)s: %(message)s", force=True)
     try:
         code = main(sys.argv[1:])
     except (UsageError, RunError) as error:

@@ -5,7 +5,8 @@
 Every byte recomputes the last window of text, as long as the windows of training.
 """
 import argparse
-import codecs
+import functools
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -33,17 +34,17 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--seed", type=int, default=0)
     run = open_run(parser, argv)
     arguments, _ = parser.parse_known_args(argv)
-    if arguments.length < 0 or arguments.temperature < 0:
+    if arguments.length < 0 or not arguments.temperature >= 0:  # NaN is neither
         raise UsageError(
             f"--length {arguments.length} and --temperature {arguments.temperature} must not be negative")
-    prompt = arguments.prompt.encode("utf-8", "surrogateescape")
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    sys.stdout.write(prompt.decode("utf-8", "replace"))
+    prompt = os.fsencode(arguments.prompt)
+    # Bytes as they are: a character may begin in the prompt and end in the continuation, or be none at all.
+    sys.stdout.buffer.write(prompt)
     for byte in generate(run.config, run.params, prompt, length=arguments.length,
                          temperature=arguments.temperature, seed=arguments.seed):
-        sys.stdout.write(decoder.decode(bytes([byte])))
-        sys.stdout.flush()
-    print(decoder.decode(b"", final=True))
+        sys.stdout.buffer.write(bytes([byte]))
+        sys.stdout.buffer.flush()
+    print()
 
 
 def generate(
@@ -62,6 +63,7 @@ def generate(
         yield byte
 
 
+@functools.cache
 def _make_sampler(model: HNetLM):
     @jax.jit
     def sample(params, tokens, count, temperature, key):

@@ -28,7 +28,8 @@ def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     """Maps a step to its learning rate: linear warm-up to peak_lr, then one of the two schedules.
 
     "wsd" stays at the peak and falls over the last `decay_fraction` of the steps as 1 - sqrt(progress)
-    (arXiv 2405.18392); "cosine" falls all the way. Both end at final_lr_fraction * peak_lr.
+    (arXiv 2405.18392); "cosine" falls all the way. Both reach final_lr_fraction * peak_lr at the last step,
+    which is number num_steps - 1 here.
     """
     peak, floor = config.peak_lr, config.peak_lr * config.final_lr_fraction
     if config.schedule == "cosine":
@@ -39,7 +40,7 @@ def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     def schedule(step):
         step = jnp.asarray(step, jnp.float32)
         warmup = jnp.minimum((step + 1) / max(config.warmup_steps, 1), 1.0)
-        progress = jnp.clip((step - (num_steps - decay_steps)) / max(decay_steps, 1), 0, 1)
+        progress = jnp.clip((step - (num_steps - 1 - decay_steps)) / max(decay_steps, 1), 0, 1)
         return warmup * (floor + (peak - floor) * shape(progress))
 
     return schedule

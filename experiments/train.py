@@ -50,7 +50,6 @@ def main(argv: list[str]) -> int:
 
 def train(config: RunConfig, workdir: Path) -> int:
     """Runs `config` to its last step, from wherever `workdir` is, and returns the exit code."""
-    logging.basicConfig(format="%(levelname)s: %(message)s")
     enable_compilation_cache()
     corpus = open_corpus(config.data)
     mesh = make_mesh(config.model_axis)
@@ -58,12 +57,12 @@ def train(config: RunConfig, workdir: Path) -> int:
     with use_mesh(mesh):
         program = compile_program(config, mesh)
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
-        state = _start_or_resume(config, program, checkpoints, corpus)
+        state, seconds = _start_or_resume(config, program, checkpoints, corpus)
         start = int(state.step)
         _describe_run(config, workdir, corpus, state)
         with MetricsWriter(workdir) as writer, Progress(config.num_steps, start) as progress:
             writer.truncate_after(start)
-            loop = Loop(config, mesh, program, checkpoints, corpus, writer, progress, stop)
+            loop = Loop(config, mesh, program, checkpoints, corpus, writer, progress, stop, seconds)
             state = loop.run(state, start)
         checkpoints.close()
     if int(state.step) < config.num_steps:
@@ -81,7 +80,7 @@ class Loop:
 
     def __init__(
         self, config: RunConfig, mesh: Mesh, program: Program, checkpoints: Checkpoints, corpus: Corpus,
-        writer: MetricsWriter, progress: Progress, stop: threading.Event,
+        writer: MetricsWriter, progress: Progress, stop: threading.Event, seconds: float,
     ) -> None:
         self.config, self.program, self.checkpoints = config, program, checkpoints
         self.writer, self.progress, self.stop = writer, progress, stop
@@ -93,7 +92,7 @@ class Loop:
         self.evaluate = make_evaluate(config, mesh)
         self.sharding = batch_sharding(mesh)
         self.meta = {"config": config.to_config_dict().to_dict(), "corpus": corpus.fingerprint}
-        self.seconds = 0.0          # spent on steps, without evaluation and compilation
+        self.seconds = seconds  # spent on steps since step 0, without evaluation and compilation
         self._interval: list[dict[str, float]] = []
         self._resumed_at = time.monotonic()
 
@@ -114,8 +113,9 @@ class Loop:
             unread = (step, metrics)
 
             is_last = step == last
+            stops = self.stop.is_set()  # asked once: a signal from here on must not skip the save
             evaluates = is_last or step % config.eval_every == 0
-            saves = is_last or step % config.checkpoint_every == 0 or self.stop.is_set()
+            saves = is_last or step % config.checkpoint_every == 0 or stops
             if evaluates or saves:
                 self._read(*unread)
                 unread = None
@@ -123,9 +123,9 @@ class Loop:
                 if evaluates:
                     self._evaluate(step, state)
                 if saves:
-                    self.checkpoints.save(step, state, self.meta)
+                    self.checkpoints.save(step, state, self.meta | {"train_seconds": self.seconds})
                 self._resumed_at = time.monotonic()
-            if self.stop.is_set():
+            if stops:
                 break
         batches.close()
         return state
@@ -133,7 +133,8 @@ class Loop:
     def _read(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Fetches the metrics of a step, stops the run if they are not finite, and logs them in their turn."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        for name in ("train/loss_nats", "train/grad_norm"):
+        # The loss is that of the parameters before this step; what a checkpoint saves is what came out of it.
+        for name in ("train/loss_nats", "train/grad_norm", "train/param_norm"):
             if not math.isfinite(values[name]):
                 self.checkpoints.wait()
                 good = self.checkpoints.latest_step()
@@ -175,10 +176,14 @@ class Loop:
 
 def _start_or_resume(
     config: RunConfig, program: Program, checkpoints: Checkpoints, corpus: Corpus
-) -> TrainState:
+) -> tuple[TrainState, float]:
+    """Returns the state to go on from, and the seconds that its steps have taken."""
     restored = checkpoints.restore_latest(program.abstract_state)
     if restored is None:
-        return program.init(jax.random.key(config.seed))
+        return program.init(jax.random.key(config.seed)), 0.0
+    if restored.step > config.num_steps:
+        raise UsageError(f"the run is at step {restored.step}, past config.num_steps {config.num_steps}; "
+                         "raise config.num_steps, or use another --workdir")
     if restored.meta["corpus"] != corpus.fingerprint:
         raise UsageError(
             f"the corpus changed since checkpoint {restored.step}: it had {restored.meta['corpus']} and is now "
@@ -187,7 +192,7 @@ def _start_or_resume(
     if changed:
         logger.warning("resuming with a changed config: %s", "; ".join(changed))
     print(f"resuming at step {restored.step}", flush=True)
-    return restored.state
+    return restored.state, restored.meta["train_seconds"]
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "config") -> list[str]:

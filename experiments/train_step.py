@@ -94,7 +94,8 @@ def train_step(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics |= {
-        "train/grad_norm": optax.global_norm(grads),
+        "train/grad_norm": optax.tree.norm(grads),
+        "train/param_norm": optax.tree.norm(params),
         "train/learning_rate": learning_rate(config.optimizer, config.num_steps)(state.step),
         "train/target_bytes": num_targets,
     }

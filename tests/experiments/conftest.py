@@ -1,0 +1,46 @@
+"""One trained run for all tests of the programs, and a compilation cache that is not the user's."""
+from pathlib import Path
+
+import jax
+import pytest
+
+from tests.experiments import runs
+
+
+@pytest.fixture(scope="session")
+def compilation_cache(tmp_path_factory) -> Path:
+    """A directory that programs in this process and in processes of their own share."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(compilation_cache):
+    """Whole programs are compiled here, which takes far longer than to run them: optimise little."""
+    jax.config.update("jax_compilation_cache_dir", str(compilation_cache))
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="session")
+def configs(tmp_path_factory) -> Path:
+    """A directory with tiny.py, isotropic.py, two_stage.py and the corpus that they name."""
+    directory = tmp_path_factory.mktemp("configs")
+    runs.write_corpus(directory)
+    texts = {"tiny": runs.CONFIG, "isotropic": runs.ISOTROPIC_CONFIG, "two_stage": runs.TWO_STAGE_CONFIG}
+    for name, text in texts.items():
+        (directory / f"{name}.py").write_text(text.format(directory=directory, num_steps=runs.NUM_STEPS))
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny(configs) -> Path:
+    return configs / "tiny.py"
+
+
+@pytest.fixture(scope="session")
+def finished_run(tiny, tmp_path_factory, compilation_cache) -> Path:
+    """The workdir of tiny.py, trained without interruption by one process. To change it, copy it."""
+    workdir = tmp_path_factory.mktemp("runs") / "uninterrupted"
+    runs.finish(runs.start("train", f"--config={tiny}", f"--workdir={workdir}", cache=compilation_cache))
+    return workdir

@@ -1,0 +1,116 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax.traverse_util import flatten_dict
+
+from experiments.config import OptimizerConfig
+from experiments.optimizer import decay_mask, learning_rate, lr_multipliers, make_optimizer
+from hnet import HNetConfig, parameter_shapes
+from hnet.official import relabelling
+from tests.assertions import golden
+
+NUM_STEPS = 100
+
+
+def _rates(**fields) -> np.ndarray:
+    """The learning rate of every step."""
+    schedule = learning_rate(OptimizerConfig(peak_lr=2.0, final_lr_fraction=0.1, **fields), NUM_STEPS)
+    return np.array([float(schedule(step)) for step in range(NUM_STEPS)])
+
+
+@pytest.mark.parametrize("schedule", ["wsd", "cosine"])
+def test_warm_up_rises_in_equal_steps_to_the_peak_and_the_last_step_has_the_final_rate(schedule):
+    rates = _rates(schedule=schedule, warmup_steps=10)
+    np.testing.assert_allclose(rates[:10], np.linspace(0.2, 2.0, 10), rtol=1e-6)
+    assert rates.argmax() == 9
+    np.testing.assert_allclose(rates[-1], 0.2, rtol=1e-5)
+
+
+def test_wsd_stays_at_the_peak_and_falls_as_one_minus_the_root():
+    rates = _rates(schedule="wsd", warmup_steps=10, decay_fraction=0.2)
+    np.testing.assert_allclose(rates[10:80], 2.0)
+    progress = np.arange(1, 21) / 20
+    np.testing.assert_allclose(rates[80:], 0.2 + 1.8 * (1 - np.sqrt(progress)), rtol=1e-5)
+
+
+def test_cosine_is_half_way_down_in_the_middle_and_never_rises():
+    rates = _rates(schedule="cosine", warmup_steps=10)
+    assert (np.diff(rates[9:]) < 0).all()
+    np.testing.assert_allclose(rates[54], (2.0 + 0.2) / 2, rtol=1e-5)  # 45 of 90 steps from step 9
+    np.testing.assert_allclose(rates[9:] + rates[9:][::-1], 2.0 + 0.2, rtol=1e-5)
+
+
+def test_without_decay_or_warm_up_the_rate_is_constant():
+    np.testing.assert_allclose(_rates(warmup_steps=0, decay_fraction=0.0), 2.0)
+
+
+@pytest.mark.parametrize("name", ["hnet_a_1stage", "hnet_b_2stage"])
+def test_multipliers_and_official_decay_are_those_of_the_release(name):
+    data = golden(name)
+    model = HNetConfig.from_official_json(str(data["config_json"]))
+    params = parameter_shapes(model)
+    config = OptimizerConfig(
+        stage_lr_multipliers=tuple(map(float, data["opt/stage_multipliers"])), decay_groups="official",
+        weight_decay=0.1)
+    multipliers = flatten_dict(lr_multipliers(config, params))
+    decays = flatten_dict(decay_mask(config, params))
+
+    official = {str(key): row for key, *row in zip(
+        data["opt/names"], data["opt/lr_multiplier"], data["opt/weight_decay"], strict=True)}
+    seen = set()
+    for entry in relabelling(model):  # some official tensors are several of ours, and stacks the reverse
+        multiplier, decay = official[entry.official]
+        assert multipliers[entry.path] == pytest.approx(multiplier), entry
+        assert config.weight_decay * decays[entry.path] == pytest.approx(decay), entry
+        seen.add(entry.path)
+    assert seen == set(multipliers) == set(decays)
+    assert {entry.official for entry in relabelling(model)} == set(official)
+
+
+PARAMS = {
+    "embedding": 1.0, "lm_head": 1.0,
+    "stage0": {"kernel": 1.0, "stage1": {"kernel": 1.0, "bias": 1.0, "scale": 1.0}},
+}
+
+
+def _first_update(config: OptimizerConfig, params, grads):
+    params, grads = (jax.tree.map(lambda z: jnp.full(3, z, jnp.float32), tree) for tree in (params, grads))
+    optimizer = make_optimizer(config, NUM_STEPS, params)
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    return jax.tree.map(lambda z: float(z[0]), updates)
+
+
+CONSTANT = OptimizerConfig(
+    peak_lr=0.5, warmup_steps=0, decay_fraction=0.0, weight_decay=0.1, stage_lr_multipliers=(3.0, 2.0))
+
+
+def test_a_multiplier_scales_the_decay_too_and_only_kernels_decay():
+    updates = _first_update(CONSTANT, PARAMS, jax.tree.map(lambda _: 0.0, PARAMS))
+    outer, inner = -0.5 * 3.0 * 0.1, -0.5 * 2.0 * 0.1
+    assert updates["lm_head"] == pytest.approx(outer) and updates["stage0"]["kernel"] == pytest.approx(outer)
+    assert updates["stage0"]["stage1"] == pytest.approx({"kernel": inner, "bias": 0.0, "scale": 0.0})
+    assert updates["embedding"] == 0.0
+
+
+def test_a_multiplier_scales_the_step_and_without_multipliers_there_is_none():
+    grads = jax.tree.map(lambda _: 0.01, PARAMS)
+    config = dataclasses.replace(CONSTANT, weight_decay=0.0)
+    scaled = _first_update(config, PARAMS, grads)
+    plain = _first_update(dataclasses.replace(config, stage_lr_multipliers=()), PARAMS, grads)
+    assert plain["stage0"]["stage1"]["scale"] == pytest.approx(-0.5, rel=1e-5)  # Adam's first step has size 1
+    assert scaled["lm_head"] == pytest.approx(3 * plain["lm_head"])
+    assert scaled["stage0"]["stage1"]["scale"] == pytest.approx(2 * plain["stage0"]["stage1"]["scale"])
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(2.0, 2.0), (0.0, 50.0), (100.0, 50.0)])
+def test_gradients_are_scaled_down_to_the_largest_norm_and_0_is_off(limit, expected):
+    """Seen in Adam's first moment, which is (1 - b1) times the gradient."""
+    config = dataclasses.replace(CONSTANT, max_grad_norm=limit, stage_lr_multipliers=())
+    params = {"kernel": jnp.zeros(2)}
+    optimizer = make_optimizer(config, NUM_STEPS, params)
+    _, state = optimizer.update({"kernel": jnp.array([30.0, 40.0])}, optimizer.init(params), params)
+    np.testing.assert_allclose(optax.tree.norm(optax.tree.get(state, "mu")) / 0.1, expected, rtol=1e-5)
