@@ -18,5 +18,5 @@ def get_config():
         model=HNetConfig(stages=stages),
         data=DataConfig(source="stdlib", sequence_length=256, batch_size=16),
         optimizer=OptimizerConfig(peak_lr=3e-3, warmup_steps=20),
-        num_steps=450, tokens_per_chunk=(4.0,), log_every=10, eval_every=150, checkpoint_every=150,
+        num_steps=400, tokens_per_chunk=(4.0,), log_every=10, eval_every=100, checkpoint_every=100,
     ).to_config_dict()

@@ -84,11 +84,13 @@ class RunConfig:
         if any(target <= 1 for target in self.tokens_per_chunk):
             raise ValueError(f"tokens_per_chunk {self.tokens_per_chunk} must all be above 1")
         positive = ("num_steps", "log_every", "eval_every", "eval_bytes", "checkpoint_every", "keep_checkpoints",
-                    "model_axis", "data.sequence_length", "data.batch_size", "optimizer.accumulation_steps")
+                    "model_axis", "data.batch_size", "optimizer.accumulation_steps")
         for field in positive:
             value = _get(self, field)
             if value < 1:
                 raise ValueError(f"{field} {value} must be at least 1")
+        if self.data.sequence_length < 2:
+            raise ValueError(f"data.sequence_length {self.data.sequence_length} must be at least 2 bytes")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed {self.seed} must be from 0 to 2**32 - 1")
         if self.data.batch_size % self.optimizer.accumulation_steps:

@@ -6,12 +6,14 @@ A run directory holds config.json, manifest.json, metrics.jsonl, checkpoints/, t
 checkpoint and exits with 143, so that a launcher can tell a preempted run from a finished one.
 """
 import argparse
+import contextlib
 import json
 import logging
 import math
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +55,7 @@ def train(config: RunConfig, workdir: Path) -> int:
     enable_compilation_cache()
     corpus = open_corpus(config.data)
     mesh = make_mesh(config.model_axis)
-    stop = _listen_for_sigterm()
-    with use_mesh(mesh):
+    with use_mesh(mesh), _sigterm_noted() as stop:
         program = compile_program(config, mesh)
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
         state, seconds = _start_or_resume(config, program, checkpoints, corpus)
@@ -223,10 +224,15 @@ def _describe_run(config: RunConfig, workdir: Path, corpus: Corpus, state: Train
               + ", ".join(f"{name} {value:.2f}" for name, value in lines.items()), flush=True)
 
 
-def _listen_for_sigterm() -> threading.Event:
+@contextlib.contextmanager
+def _sigterm_noted() -> Iterator[threading.Event]:
+    """While training, SIGTERM only sets this event; afterwards it ends the process as ever."""
     stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    return stop
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from experiments import evaluate, generate, report, train
-from experiments.data import BOS
+from experiments.data import BOS, WindowSource
 from experiments.errors import UsageError
 from experiments.mesh import make_mesh
 from experiments.run import evaluation_config, restore_run
@@ -135,6 +135,24 @@ def test_evaluate_prints_what_training_logged_last(finished_run, capsys):
     assert lines == [f"{name} {value:.4f}" for name, value in logged.items() if name != "step"]
     assert "eval/bits_per_byte" in logged
     assert saved_steps(finished_run) == list(KEPT_STEPS)
+
+
+def test_evaluate_is_the_mean_surprise_over_every_byte_of_the_held_out_documents(run, finished_run, capsys):
+    """Against numpy: each document is read after its BOS, and only bytes of the same document predict a byte."""
+    evaluate.main([f"--workdir={finished_run}", "--config.eval_bytes=1_000_000"])
+    head, bits, *_ = capsys.readouterr().out.splitlines()
+    split = run.corpus().split("test")
+    source = WindowSource(split, run.config.data.sequence_length, seed=0)
+    windows = [source[index] for index in range(len(source))]
+    tokens, segments = (np.stack([window[key] for window in windows]) for key in ("tokens", "segment_ids"))
+    model = HNetLM(evaluation_config(run.config.model))
+    logits = jax.jit(model.apply)({"params": run.params}, tokens[:, :-1], segments[:, :-1]).logits
+    odds = np.exp(np.asarray(logits, np.float64))
+    probability = np.take_along_axis(odds, tokens[:, 1:, None], axis=-1)[..., 0] / odds.sum(axis=-1)
+    is_byte = (segments[:, 1:] == segments[:, :-1]) & (segments[:, 1:] > 0)
+    assert is_byte.sum() == split.lengths.sum()
+    assert head == f"step 20, {split.lengths.sum():,} held-out bytes"
+    assert float(bits.split()[1]) == pytest.approx(-np.log2(probability[is_byte]).mean(), abs=1e-4)
 
 
 def test_evaluate_takes_a_step_and_overrides(finished_run, capsys):

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from experiments import evaluate, train, train_step
-from experiments.errors import RunError, UsageError
+from experiments.errors import RunError
 from experiments.mesh import batch_sharding, make_mesh, use_mesh
 from experiments.run import restore_run
 from experiments.train_step import TrainState, compile_program
@@ -52,45 +52,43 @@ sys.exit(train.main(sys.argv[3:]))
 
 
 @pytest.fixture
-def again(tiny, tmp_path, compilation_cache):
-    """Runs the training command in tmp_path/run, as `finished_run` was; returns its stdout and stderr."""
-    arguments = f"--config={tiny}", f"--workdir={tmp_path / 'run'}"
-    return lambda: finish(start("train", *arguments, cache=compilation_cache))
+def train_in_a_process(tiny, tmp_path, compilation_cache):
+    """Trains tiny.py in tmp_path/run, to the end or to a signal after some step; returns stdout and stderr."""
+    def run(number: int = 0, *, after_step: int = 0, code: int = 0) -> tuple[str, str]:
+        arguments = f"--config={tiny}", f"--workdir={tmp_path / 'run'}"
+        program = [SIGNALLED, str(int(number)), str(after_step)] if number else ["train"]
+        return finish(start(*program, *arguments, cache=compilation_cache), code=code)
+
+    return run
 
 
-def _signalled(number: int, at_step: int, code: int, *arguments, cache) -> str:
-    return finish(start(SIGNALLED, str(int(number)), str(at_step), *arguments, cache=cache), code=code)[0]
-
-
-def test_a_killed_run_goes_on_as_if_it_had_never_stopped(finished_run, again, tiny, tmp_path, compilation_cache):
+def test_a_killed_run_goes_on_as_if_it_had_never_stopped(finished_run, train_in_a_process, tmp_path):
     workdir = tmp_path / "run"
-    arguments = f"--config={tiny}", f"--workdir={workdir}"
-    _signalled(signal.SIGKILL, 13, -signal.SIGKILL, *arguments, cache=compilation_cache)
+    train_in_a_process(signal.SIGKILL, after_step=13, code=-signal.SIGKILL)
     assert results(workdir)[-1]["step"] == 13
     resumable = max(saved_steps(workdir))
     assert resumable in (5, 10)  # the write of 10 may have been cut off
 
-    stdout, _ = again()
+    stdout, _ = train_in_a_process()
     assert f"resuming at step {resumable}\n" in stdout
     assert results(workdir) == results(finished_run)
     assert saved_steps(workdir) == list(KEPT_STEPS)
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(finished_run, again, tiny, tmp_path, compilation_cache):
+def test_sigterm_saves_and_the_same_command_goes_on(finished_run, train_in_a_process, tmp_path):
     """Step 8 evaluates, so the signal comes between the decisions about step 8 and those about step 9."""
     workdir = tmp_path / "run"
-    arguments = f"--config={tiny}", f"--workdir={workdir}"
-    stdout = _signalled(signal.SIGTERM, 8, train.SIGTERM_EXIT, *arguments, cache=compilation_cache)
+    stdout, _ = train_in_a_process(signal.SIGTERM, after_step=8, code=train.SIGTERM_EXIT)
     assert "stopped by SIGTERM at step 9; the same command goes on from there\n" in stdout
     assert saved_steps(workdir) == [5, 9]
 
-    stdout, _ = again()
+    stdout, _ = train_in_a_process()
     assert "resuming at step 9\n" in stdout
     assert results(workdir) == results(finished_run)
 
 
 def test_a_flipped_byte_in_the_newest_checkpoint_costs_only_the_way_from_the_one_before(
-    finished_run, again, tmp_path
+    finished_run, train_in_a_process, tmp_path
 ):
     workdir = shutil.copytree(finished_run, tmp_path / "run")
     data = max((workdir / "checkpoints" / "20" / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
@@ -98,7 +96,7 @@ def test_a_flipped_byte_in_the_newest_checkpoint_costs_only_the_way_from_the_one
     content[len(content) // 2] ^= 1
     data.write_bytes(content)
 
-    stdout, stderr = again()
+    stdout, stderr = train_in_a_process()
     (warning,) = [line for line in stderr.splitlines() if "is damaged" in line]
     assert warning.startswith("WARNING: checkpoint 20 is damaged: ") and warning.endswith("; using 15 instead")
     assert "resuming at step 15\n" in stdout
@@ -257,8 +255,3 @@ def test_a_finished_run_has_nothing_left_to_do(finished_run, tiny, tmp_path, cap
     before, after = (json.loads((each / "manifest.json").read_text()) for each in (finished_run, workdir))
     assert before["train_seconds"] == after["train_seconds"] > 0
     assert [start["step"] for start in after["restarts"]] == [0, 20]
-
-
-def test_fewer_steps_than_were_taken_are_refused(finished_run, tiny):
-    with pytest.raises(UsageError, match=r"at step 20, past config\.num_steps 19; raise config\.num_steps"):
-        train.main([f"--config={tiny}", f"--workdir={finished_run}", "--config.num_steps=19"])

@@ -51,6 +51,7 @@ def test_dictionary_form_round_trips():
     (dict(encoder="m2", ssm_head_width=48), "not a multiple of ssm_head_width 48"),
     (dict(encoder="m2x1"), "layout 'm2x1' must be letters"),
     (dict(encoder="m0"), "layout 'm0' must be letters"),
+    (dict(ssm_state_size=0), "ssm_state_size 0 must be at least 1"),
     (dict(capacity=0.0), "capacity 0.0 is a fraction"),
     (dict(window=-2), "window -2 must be"),
 ])
