@@ -106,8 +106,9 @@ class Loop:
                 self.progress.message("compiling the train step ...")
             state, metrics = self.program.step(state, put_batch(next(batches), self.sharding))
             if step == start + 1:
-                jax.block_until_ready(state)
-                self.progress.message(f"compiled in {time.monotonic() - self._resumed_at:.0f} s")
+                bits = float(metrics["train/bits_per_byte"])  # waits for the step
+                seconds = time.monotonic() - self._resumed_at
+                self.progress.message(f"compiled in {seconds:.0f} s; step {step}: {bits:.3f} bits per byte")
                 self._resumed_at = time.monotonic()
             if unread is not None:
                 self._read(*unread)

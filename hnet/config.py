@@ -29,7 +29,8 @@ class StageConfig:
     ssm_chunk_size: int = 64    # tokens per step of the chunkwise scan; changes speed, not results
 
     def __post_init__(self):
-        for field in ("width", "ssm_state_size", "ssm_expand", "ssm_head_width", "ssm_conv_taps", "ssm_chunk_size"):
+        sizes = ("width", "ssm_state_size", "ssm_expand", "ssm_head_width", "ssm_conv_taps", "ssm_chunk_size")
+        for field in sizes:
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} {getattr(self, field)} must be at least 1")
         letters = "".join(letter for letter, _ in self.encoder_runs + self.decoder_runs)
