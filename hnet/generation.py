@@ -61,16 +61,19 @@ def generate(
 ) -> Iterator[np.ndarray]:
     """Yields the next token of every prompt, [b] int32, up to `num_tokens` times.
 
-    A row depends on its own prompt and seed alone, whatever else is in the batch. Chunk capacity should be full,
-    as in `HNetConfig`'s defaults, or a long prompt may be cut differently than the text that follows it.
+    A row depends on its own prompt and seed alone, whatever else is in the batch.
 
     Args:
       prompts: token ids, at least one per row; rows may differ in length.
       seeds: one per row; None means 0, 1, 2, ...
       eos: the token that ends a row. Such a row yields -1 from then on, and all rows ended end the iteration.
     Raises:
-      ValueError: an empty prompt, or not one seed per prompt.
+      ValueError: an empty prompt, not one seed per prompt, or a model whose chunk capacity is not full.
     """
+    for index, stage in enumerate(model.config.stages[:-1]):
+        if stage.capacity < 1:  # a prompt would lose boundaries that single tokens keep
+            raise ValueError(f"stage{index}.capacity is {stage.capacity}; decoding needs 1 (full), which the same "
+                             "parameters fit: replace it in the config of the model")
     lengths = np.array([len(prompt) for prompt in prompts])
     if not len(lengths) or lengths.min() < 1:
         raise ValueError("every prompt needs at least one token; begin a new document with the model's BOS")

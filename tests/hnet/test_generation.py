@@ -4,7 +4,7 @@ import pytest
 
 from hnet import HNetLM, Sampling, generate
 from hnet.generation import _programs, sample
-from tests.hnet.models import compiled, random_params, two_stage_config
+from tests.hnet.models import compiled, random_params, two_stage_config, with_capacity
 
 CONFIG = two_stage_config()
 PARAMS = random_params(CONFIG)
@@ -90,3 +90,8 @@ def test_generate_refuses_empty_prompts_and_missing_seeds():
         next(generate(MODEL, PARAMS, [[1], []], num_tokens=1))
     with pytest.raises(ValueError, match="2 prompts need as many seeds, not 1"):
         next(generate(MODEL, PARAMS, [[1], [2]], num_tokens=1, seeds=[0]))
+
+
+def test_generate_refuses_a_capacity_that_would_drop_boundaries_of_the_prompt():
+    with pytest.raises(ValueError, match=r"stage0\.capacity is 0\.5; decoding needs 1"):
+        next(generate(HNetLM(with_capacity(CONFIG, 0.5)), PARAMS, PROMPTS, num_tokens=1))
