@@ -1,6 +1,7 @@
 """What an H-Net is made of: one frozen dataclass per stage, and one for the whole."""
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -8,6 +9,25 @@ from typing import Any
 import jax.numpy as jnp
 
 LAYOUT_ITEM = re.compile(r"([mMtT])([1-9][0-9]*)")
+ROUTERS = {
+    "learned": "cosine distance of neighbouring tokens, after learned projections",
+    "stride": "every router_stride-th token",
+    "space": "after words: at a byte like a space that follows one unlike it; stage 0 only",
+    "entropy": "where boundary_lm is unsure of the next byte; stage 0 only",
+    "given": "as the caller says, in `boundary_levels`",
+}
+DOWNSAMPLERS = ("first", "mean", "max")
+UPSAMPLERS = {
+    "smooth": "moving average over chunks, weighted by their confidence",
+    "smooth_tokens": "the same over tokens, after every token got its chunk",
+    "none": "the chunk itself",
+}
+OVERFLOW_POLICIES = {
+    "error": "the row's output is NaN, and training and evaluation stop",
+    "grow": "the whole batch is run again from the first capacity in grow_to that fits: always exact",
+    "merge": "they are demoted: their tokens join the chunk before, in training and decoding alike",
+}
+REMAT_POLICIES = ("none", "dots", "block")  # nothing; all but matmuls with weights; the whole block
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,7 +37,16 @@ class StageConfig:
     width: int                  # model width
     encoder: str = "m4"         # m/M = Mamba-2, t/T = attention; capitals carry a feed-forward; a count follows
     decoder: str = "m4"         # "" at the innermost stage, whose `encoder` is the main network
+    router: str = "learned"     # where chunks begin: see ROUTERS
+    router_stride: int = 4      # tokens per chunk of the router "stride"
+    entropy_threshold: float = 1.3  # nats that begin a chunk of the router "entropy"
+    downsampler: str = "first"  # what stands for a chunk: its first vector, or mean or max of the chunk before
+    upsampler: str = "smooth"   # what a token reads of the chunks: see UPSAMPLERS
     capacity: float = 1.0       # chunk slots per token of this stage; 1 = full, which is always exact
+    overflow: str = "merge"     # what becomes of boundaries past the capacity: see OVERFLOW_POLICIES
+    grow_to: tuple[float, ...] = (1.0,)  # larger capacities for "grow", rising to 1; each is compiled
+    packed: bool = False        # True: all rows on a device share one buffer of chunks; capacity is of its tokens
+    remat: str = "none"         # what the backward pass computes again: see REMAT_POLICIES
     num_heads: int = 0          # attention heads; 0 only where no layer is t or T
     rotary_width: int = 0       # rotated features per attention head
     window: int = -1            # earlier tokens attention sees; -1 = all
@@ -51,8 +80,21 @@ class StageConfig:
             raise ValueError(
                 f"ssm_expand * width = {self.ssm_expand * self.width} is not a multiple of ssm_head_width "
                 f"{self.ssm_head_width}; change ssm_head_width or width")
+        for field, choices in (("router", ROUTERS), ("downsampler", DOWNSAMPLERS), ("upsampler", UPSAMPLERS),
+                               ("overflow", OVERFLOW_POLICIES), ("remat", REMAT_POLICIES)):
+            if getattr(self, field) not in choices:
+                raise ValueError(f"{field} {getattr(self, field)!r} is not one of {', '.join(choices)}")
+        if self.router_stride < 2:
+            raise ValueError(f"router_stride {self.router_stride} must be at least 2 tokens per chunk")
         if not 0 < self.capacity <= 1:
             raise ValueError(f"capacity {self.capacity} is a fraction of the stage's tokens, above 0 and up to 1")
+        if self.overflow == "grow":
+            capacities = (self.capacity, *self.grow_to)
+            if self.capacity < 1 and (self.grow_to[-1:] != (1.0,) or list(capacities) != sorted(set(capacities))):
+                raise ValueError(f"grow_to {self.grow_to} must rise from above capacity {self.capacity} to 1")
+        if self.packed and self.overflow == "merge" and self.capacity < 1:
+            raise ValueError("packed rows share their slots: overflow 'merge' would demote boundaries of the last "
+                             "rows for the sake of the first; set overflow to 'error' or 'grow'")
         if self.window < -1:
             raise ValueError(f"window {self.window} must be -1 (all) or the number of earlier tokens to see")
 
@@ -73,7 +115,8 @@ class HNetConfig:
     vocab_size: int = 256
     tie_embeddings: bool = False
     dtype: str = "float32"           # of activations and matmuls; parameters, states and router stay float32
-    remat: bool = False              # recompute each block in the backward pass instead of storing it
+    bfloat16_dechunk: bool = False   # round what smoothing reads to bfloat16, as the release does
+    boundary_lm: "HNetConfig | None" = None  # for the router "entropy": a frozen model of the same bytes
 
     def __post_init__(self):
         if not self.stages:
@@ -91,6 +134,14 @@ class HNetConfig:
                     f"not {stage.decoder!r}")
             if not is_innermost and not stage.decoder:
                 raise ValueError(f"stage{index}.decoder is empty; only the innermost stage has none")
+            if index > 0 and stage.router in ("space", "entropy") and not is_innermost:
+                raise ValueError(f"stage{index}.router {stage.router!r} looks at bytes, which only stage0 sees")
+        needs_lm = len(self.stages) > 1 and self.stages[0].router == "entropy"
+        if needs_lm != (self.boundary_lm is not None):
+            raise ValueError("boundary_lm must be given for stage0.router 'entropy', and for no other")
+        if self.boundary_lm is not None and self.boundary_lm.vocab_size != self.vocab_size:
+            raise ValueError(f"boundary_lm.vocab_size {self.boundary_lm.vocab_size} must be vocab_size "
+                             f"{self.vocab_size}: both read the same tokens")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype {self.dtype!r} is not one of float32, bfloat16")
 
@@ -106,6 +157,8 @@ class HNetConfig:
           ValueError: a field is unknown, or the stages are not numbered from 0.
         """
         fields = dict(fields)
+        if "boundary_lm" in fields:  # {} stands for None, which the command line could not write
+            fields["boundary_lm"] = cls.from_dict(fields["boundary_lm"]) if fields["boundary_lm"] else None
         stages = dict(fields.pop("stages"))
         names = [f"stage{index}" for index in range(len(stages))]
         if sorted(stages) != sorted(names):
@@ -117,9 +170,19 @@ class HNetConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The inverse of `from_dict`."""
-        fields = dataclasses.asdict(self)
-        fields["stages"] = {f"stage{index}": stage for index, stage in enumerate(fields["stages"])}
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields["stages"] = {f"stage{index}": dataclasses.asdict(stage) for index, stage in enumerate(self.stages)}
+        fields["boundary_lm"] = self.boundary_lm.to_dict() if self.boundary_lm else {}
         return fields
+
+    def with_stages(self, **changes: Any) -> "HNetConfig":
+        """The same model with these fields of every stage replaced."""
+        return dataclasses.replace(
+            self, stages=tuple(dataclasses.replace(stage, **changes) for stage in self.stages))
+
+    def at_full_capacity(self) -> "HNetConfig":
+        """The same model with a slot for every token: no boundary is ever demoted, whatever the input."""
+        return self.with_stages(capacity=1.0, packed=False)
 
     @classmethod
     def from_official_json(cls, text: str, *, dtype: str = "float32", capacity: float = 1.0) -> "HNetConfig":
@@ -171,6 +234,11 @@ def parse_layout(layout: str) -> tuple[tuple[str, int], ...]:
     if LAYOUT_ITEM.sub("", layout):
         raise ValueError(f"layout {layout!r} must be letters m, M, t or T, each followed by a count, as in 'T1m4'")
     return tuple((letter, int(count)) for letter, count in LAYOUT_ITEM.findall(layout))
+
+
+def num_slots(capacity: float, length: int) -> int:
+    """Chunk slots of a row, or of a packed buffer, of `length` tokens."""
+    return max(1, math.ceil(capacity * length))
 
 
 def _unnest(layout: list) -> list[tuple[str, str]]:

@@ -1,37 +1,83 @@
 """What an H-Net remembers between tokens: one pytree, level within level, with its own length for every row."""
-from typing import NamedTuple, Union
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
-from hnet.config import HNetConfig
+from hnet.config import HNetConfig, num_slots
 from hnet.isotropic import MixerState, empty_state
-from layers import RouterState
+from hnet.routers import make_router
+from layers import PoolState
 
 
-class StageState(NamedTuple):
+@struct.dataclass
+class StageState:
     """A stage and everything inside it. The fields past `encoder` are None at the innermost stage."""
 
     encoder: tuple[MixerState, ...]
-    router: RouterState | None
-    value: jax.Array | None            # [b, d] float32: what the chunk that each row is in contributes
-    decoder: tuple[MixerState, ...] | None
-    inner: Union["StageState", None]
+    router: Any = None                           # what its router's empty_state made
+    pool: PoolState | None = None                # tokens of the chunk each row is in, for pooled downsampling
+    chunk_value: jax.Array | None = None         # [b, d] float32: what that chunk contributes to its tokens
+    token_value: jax.Array | None = None         # [b, d] float32: the average over tokens, for "smooth_tokens"
+    num_chunks: jax.Array | None = None          # [b] int32: chunks begun so far
+    decoder: tuple[MixerState, ...] | None = None
+    inner: "StageState | None" = None
+    max_chunks: int = struct.field(pytree_node=False, default=0)  # that a row may begin in all
 
 
-def init_decode_state(config: HNetConfig, batch: int, max_length: int) -> StageState:
+@struct.dataclass
+class BoundaryState:
+    """What the router "entropy" carries along."""
+
+    lm: "DecodeState"
+    entropy: jax.Array  # [b] float32: of the byte that comes next, in nats
+
+
+@struct.dataclass
+class DecodeState:
+    """Where every row of a batch is. Rows are independent: each has its own number of tokens at every stage."""
+
+    stage: StageState
+    num_tokens: jax.Array                                  # [b] int32: tokens read
+    boundary: BoundaryState | None = None
+    max_length: int = struct.field(pytree_node=False, default=0)  # tokens a row has room for
+
+
+def init_decode_state(config: HNetConfig, batch: int, max_length: int) -> DecodeState:
     """The state before the first token of `batch` rows.
 
     Args:
-      max_length: tokens that a row may grow to; attention at every stage has room for as many.
+      max_length: tokens that a row may grow to; past it, its logits are NaN. Where boundaries past a stage's
+        capacity are merged, they are those of a row of this length: the length of training gives its model.
+    Raises:
+      ValueError: the batch or the length is below 1.
     """
-    def of_stage(index: int) -> StageState:
-        stage, dtype = config.stages[index], config.compute_dtype
-        encoder = empty_state(stage.encoder_runs, stage, batch, max_length, dtype)
-        if not stage.decoder:
-            return StageState(encoder, None, None, None, None)
-        decoder = empty_state(stage.decoder_runs, stage, batch, max_length, dtype)
-        value = jnp.zeros((batch, stage.width), jnp.float32)
-        return StageState(encoder, RouterState.empty(batch, stage.width), value, decoder, of_stage(index + 1))
+    if batch < 1 or max_length < 1:
+        raise ValueError(f"a decode state needs at least 1 row of 1 token, not {batch} of {max_length}")
+    dtype = config.compute_dtype
 
-    return of_stage(0)
+    def of_stage(index: int, length: int) -> StageState:
+        stage = config.stages[index]
+        encoder = empty_state(stage.encoder_runs, stage, batch, length, dtype)
+        if not stage.decoder:
+            return StageState(encoder)
+        num_chunks = num_slots(stage.capacity, length) if stage.overflow == "merge" else length
+        value = jnp.zeros((batch, stage.width), jnp.float32)
+        return StageState(
+            encoder,
+            router=make_router(stage).empty_state(batch, stage.width),
+            pool=None if stage.downsampler == "first" else PoolState.empty(batch, stage.width),
+            chunk_value=value,
+            token_value=value if stage.upsampler == "smooth_tokens" else None,
+            num_chunks=jnp.zeros(batch, jnp.int32),
+            decoder=empty_state(stage.decoder_runs, stage, batch, length, dtype),
+            inner=of_stage(index + 1, num_chunks),
+            max_chunks=num_chunks,
+        )
+
+    boundary = None
+    if config.boundary_lm is not None:
+        lm = init_decode_state(config.boundary_lm, batch, max_length)
+        boundary = BoundaryState(lm, jnp.zeros(batch, jnp.float32))
+    return DecodeState(of_stage(0, max_length), jnp.zeros(batch, jnp.int32), boundary, max_length)

@@ -1,5 +1,13 @@
-"""Continues many texts at once: one program for a prompt length, one for every token after it."""
-import dataclasses
+"""Continues many texts at once: one program for a prompt length, one for every token after it.
+
+  state         = init_decode_state(config, batch, max_length)
+  logits, state = prefill(model, params, tokens, segment_ids, state)      any number of times
+  logits, state = step(model, params, token, state)                       any number of times
+
+`prefill` and `step` are pure functions, to be compiled by their caller; `generate` and `generate_text` are loops
+around them.
+"""
+import codecs
 from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from typing import Any
@@ -8,45 +16,57 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hnet.decode_state import StageState, init_decode_state
+from hnet.decode_state import DecodeState, init_decode_state
 from hnet.model import HNetLM
+from hnet.sampling import Sampling, sample
 from layers import last_real
 
-SMALLEST_BUCKET = 16  # prompts are padded to a power of two, from here on
+SMALLEST_PIECE, LARGEST_PIECE = 16, 1024  # prompts are read in pieces of a power of two
+PLAIN = Sampling()
+BOS = 254  # a byte that UTF-8 never uses; the release begins documents with it
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How a token is drawn. Filters apply one after the other, each to what the one before left."""
+def prefill(
+    model: HNetLM,
+    params: Any,
+    tokens: jax.Array,
+    segment_ids: jax.Array,
+    state: DecodeState,
+    *,
+    boundary_levels: jax.Array | None = None,
+) -> tuple[jax.Array, DecodeState]:
+    """Reads tokens [b, t] of every row and returns the logits [b, vocab] after each row's last one.
 
-    temperature: float = 1.0  # 0 = always the most probable token
-    top_k: int = 0            # keep the k most probable; 0 = all
-    top_p: float = 1.0        # keep the fewest tokens whose probabilities reach p
-    min_p: float = 0.0        # keep tokens at least this probable, relative to the most probable one
+    Args:
+      segment_ids: [b, t], 1 = a token, 0 = padding, on whichever side. A row of padding stays as it is; its logits
+        mean nothing.
+      boundary_levels: [b, t], for stages whose router is "given".
+    """
+    output = model.apply({"params": params}, tokens, segment_ids, state, boundary_levels=boundary_levels)
+    return last_real(output.logits, segment_ids), output.state
 
-    def __post_init__(self):
-        if not self.temperature >= 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
-            raise ValueError(f"{self}: temperature and top_k must be >= 0, top_p in (0, 1], min_p in [0, 1]")
 
+def step(
+    model: HNetLM,
+    params: Any,
+    token: jax.Array,
+    state: DecodeState,
+    is_active: jax.Array | None = None,
+    *,
+    boundary_levels: jax.Array | None = None,
+) -> tuple[jax.Array, DecodeState]:
+    """Reads one token [b] of every row and returns the logits [b, vocab] after it.
 
-def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
-    """Draws one token per row: logits [b, vocab], one key per row [b] -> int32 [b]."""
-    if sampling.temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits.astype(jnp.float32) / sampling.temperature
-    order = jnp.argsort(-logits, axis=-1)
-    ranked = jnp.take_along_axis(logits, order, axis=-1)  # most probable first, so filters cut off a tail
-    rank = jnp.arange(logits.shape[-1])
-    if sampling.top_k:
-        ranked = jnp.where(rank < sampling.top_k, ranked, -jnp.inf)
-    if sampling.top_p < 1:
-        probability = jax.nn.softmax(ranked, axis=-1)
-        before = jnp.cumsum(probability, axis=-1) - probability
-        ranked = jnp.where(before < sampling.top_p, ranked, -jnp.inf)
-    if sampling.min_p:
-        ranked = jnp.where(ranked >= ranked[:, :1] + jnp.log(sampling.min_p), ranked, -jnp.inf)
-    drawn = jax.vmap(jax.random.categorical)(keys, ranked)
-    return jnp.take_along_axis(order, drawn[:, None], axis=-1)[:, 0].astype(jnp.int32)
+    The stages within run only if some row begins a chunk, and change the rows that do.
+
+    Args:
+      is_active: [b] bool; rows that are not stay as they are. None = all are.
+      boundary_levels: [b], for stages whose router is "given".
+    """
+    is_active = jnp.ones(token.shape, bool) if is_active is None else is_active
+    segment_ids = is_active[:, None].astype(jnp.int32)
+    levels = None if boundary_levels is None else boundary_levels[:, None]
+    return prefill(model, params, token[:, None], segment_ids, state, boundary_levels=levels)
 
 
 def generate(
@@ -55,46 +75,52 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     num_tokens: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = PLAIN,
     seeds: Sequence[int] | None = None,
     eos: int | None = None,
+    max_length: int = 0,
 ) -> Iterator[np.ndarray]:
     """Yields the next token of every prompt, [b] int32, up to `num_tokens` times.
 
-    A row depends on its own prompt and seed alone, whatever else is in the batch.
+    A row depends on its own prompt and seed alone, whatever else is in the batch. Long prompts are read in pieces,
+    so that attention never needs memory for all of one at once.
 
     Args:
       prompts: token ids, at least one per row; rows may differ in length.
       seeds: one per row; None means 0, 1, 2, ...
       eos: the token that ends a row. Such a row yields -1 from then on, and all rows ended end the iteration.
+      max_length: tokens to make room for, as in `init_decode_state`; 0 = as many as are needed, rounded up.
     Raises:
-      ValueError: an empty prompt, not one seed per prompt, or a model whose chunk capacity is not full.
+      ValueError: an empty prompt, not one seed per prompt, no room, or a model whose boundaries must be given.
     """
-    for index, stage in enumerate(model.config.stages[:-1]):
-        if stage.capacity < 1:  # a prompt would lose boundaries that single tokens keep
-            raise ValueError(f"stage{index}.capacity is {stage.capacity}; decoding needs 1 (full), which the same "
-                             "parameters fit: replace it in the config of the model")
+    if any(stage.router == "given" for stage in model.config.stages[:-1]):
+        raise ValueError('a model with the router "given" does not know where the text to come will have '
+                         "boundaries; loop over `step` with boundary_levels")
     lengths = np.array([len(prompt) for prompt in prompts])
     if not len(lengths) or lengths.min() < 1:
         raise ValueError("every prompt needs at least one token; begin a new document with the model's BOS")
     seeds = range(len(prompts)) if seeds is None else seeds
     if len(seeds) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts need as many seeds, not {len(seeds)}")
-    size = max(SMALLEST_BUCKET, 1 << int(lengths.max() - 1).bit_length())
-    tokens, segment_ids = np.zeros((2, len(prompts), size), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)], segment_ids[row, : len(prompt)] = prompt, 1
+    size = min(max(SMALLEST_PIECE, 1 << int(lengths.max() - 1).bit_length()), LARGEST_PIECE)
+    needed = int(lengths.max()) + num_tokens
+    if 0 < max_length < needed:
+        raise ValueError(f"max_length {max_length} has no room for {lengths.max()} tokens and {num_tokens} more; "
+                         f"it must be at least {needed}, or 0")
+    # Rounded up, so that asking for a few more tokens does not compile anew.
+    state = init_decode_state(model.config, len(prompts), max_length or -(-needed // size) * size)
 
-    prefill, step = _programs(model, sampling)
+    programs = _programs(model, sampling)
     keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
-    # A multiple of the bucket, so that asking for a few more tokens does not compile anew.
-    state = init_decode_state(model.config, len(prompts), size * -(-(lengths.max() + num_tokens) // size))
+    logits = np.zeros((len(prompts), model.config.vocab_size), np.float32)
+    for tokens, segment_ids in _pieces(prompts, size):
+        logits, state = programs.read(params, tokens, segment_ids, state, logits)
     active = np.ones(len(prompts), bool)
     for index in range(num_tokens):
         if index == 0:
-            token, state = prefill(params, tokens, segment_ids, state, keys)
+            token = programs.first(logits, keys)
         else:
-            token, state = step(params, token, active, state, keys, index)
+            token, state = programs.next(params, token, active, state, keys, index)
         drawn = np.where(active, token, -1)
         yield drawn
         if eos is not None:
@@ -103,19 +129,71 @@ def generate(
                 return
 
 
-@cache
-def _programs(model: HNetLM, sampling: Sampling):
-    def advance(params: Any, tokens: jax.Array, segment_ids: jax.Array, state: StageState, keys: jax.Array, index):
-        output = model.apply({"params": params}, tokens, segment_ids, state)
-        logits = last_real(output.logits, segment_ids)
-        return sample(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, index), sampling), output.state
+def generate_text(
+    model: HNetLM,
+    params: Any,
+    prompts: Sequence[str],
+    *,
+    num_bytes: int,
+    bos: int = BOS,
+    **options: Any,
+) -> Iterator[list[str]]:
+    """Streams text: yields, byte after byte, what each row's text has gained, which is seldom nothing.
 
-    @partial(jax.jit, donate_argnums=3)
-    def prefill(params, tokens, segment_ids, state, keys):
-        return advance(params, tokens, segment_ids, state, keys, 0)
+    A character comes when its last byte has; bytes that are not UTF-8 come as U+FFFD. Joined, a row's strings are
+    the decoding of its bytes.
 
-    @partial(jax.jit, donate_argnums=3)
-    def step(params, token, active, state, keys, index):
-        return advance(params, token[:, None], active[:, None].astype(jnp.int32), state, keys, index)
+    Args:
+      prompts: text to continue; "" begins a new document.
+      bos: the token ahead of every prompt.
+      options: of `generate`.
+    """
+    readers = [codecs.getincrementaldecoder("utf-8")("replace") for _ in prompts]
+    for reader, prompt in zip(readers, prompts, strict=True):
+        reader.decode(_to_bytes(prompt))  # a character may begin in the prompt
+    tokens = [[bos, *_to_bytes(prompt)] for prompt in prompts]
+    for drawn in generate(model, params, tokens, num_tokens=num_bytes, **options):
+        yield [reader.decode(bytes([byte]) if 0 <= byte < 256 else b"")
+               for reader, byte in zip(readers, drawn.tolist(), strict=True)]
+    yield [reader.decode(b"", final=True) for reader in readers]
 
-    return prefill, step
+
+def _to_bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogateescape")  # as the command line hands over bytes that are not UTF-8
+
+
+def _pieces(prompts: Sequence[Sequence[int]], size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Cuts prompts into (tokens, segment ids), both [b, size]; shorter ones are padded on the right."""
+    for start in range(0, max(map(len, prompts)), size):
+        tokens, segment_ids = np.zeros((2, len(prompts), size), np.int32)
+        for row, prompt in enumerate(prompts):
+            piece = prompt[start : start + size]
+            tokens[row, : len(piece)], segment_ids[row, : len(piece)] = piece, 1
+        yield tokens, segment_ids
+
+
+class _Programs:
+    """The compiled functions of one model and one way to sample."""
+
+    def __init__(self, model: HNetLM, sampling: Sampling) -> None:
+        @partial(jax.jit, donate_argnums=3)
+        def read(params, tokens, segment_ids, state, logits):
+            fresh, state = prefill(model, params, tokens, segment_ids, state)
+            return jnp.where(jnp.any(segment_ids != 0, axis=1)[:, None], fresh, logits), state
+
+        @jax.jit
+        def first(logits, keys):
+            return draw(logits, keys, 0)
+
+        @partial(jax.jit, donate_argnums=3)
+        def next_(params, token, active, state, keys, index):
+            logits, state = step(model, params, token, state, active)
+            return draw(logits, keys, index), state
+
+        def draw(logits, keys, index):
+            return sample(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, index), sampling)
+
+        self.read, self.first, self.next = read, first, next_
+
+
+_programs = cache(_Programs)

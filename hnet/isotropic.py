@@ -60,14 +60,12 @@ class Isotropic(nn.Module):
     Attributes:
       runs: letter and count of each run, outermost layer first; parameters of run i are stacked in `run{i}`.
       out_init_std: see `Block`.
-      remat: recompute each block in the backward pass.
     """
 
     runs: tuple[tuple[str, int], ...]
     stage: StageConfig
     out_init_std: float
     dtype: jnp.dtype
-    remat: bool
 
     @nn.compact
     @typed
@@ -81,7 +79,9 @@ class Isotropic(nn.Module):
         # The residual stream is float32 whatever the compute dtype.
         h = x.astype(jnp.float32)
         carry = (h, jnp.zeros_like(h))
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        block = Block
+        if self.stage.remat != "none":
+            block = nn.remat(Block, prevent_cse=False, policy=_MAY_STORE[self.stage.remat])
         after = []
         for index, (letter, count) in enumerate(self.runs):
             layers = nn.scan(
@@ -95,13 +95,21 @@ class Isotropic(nn.Module):
         return y, None if state is None else tuple(after)
 
 
+# What a rematerialised block may still store for the backward pass.
+_MAY_STORE = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "block": jax.checkpoint_policies.nothing_saveable,
+}
+
+
 def empty_state(
     runs: tuple[tuple[str, int], ...], stage: StageConfig, batch: int, max_length: int, dtype: jnp.dtype
 ) -> tuple[MixerState, ...]:
     """The state of an `Isotropic` before the first token; attention holds up to `max_length` tokens a row."""
     def of_layer(letter: str) -> MixerState:
         if letter in "tT":
-            return KVCache.empty(batch, max_length, stage.num_heads, stage.width // stage.num_heads, dtype)
+            slots = max_length if stage.window < 0 else min(max_length, stage.window + 1)
+            return KVCache.empty(batch, slots, stage.num_heads, stage.width // stage.num_heads, dtype)
         return Mamba2State.empty(
             batch, stage.width, state_size=stage.ssm_state_size, expand=stage.ssm_expand,
             head_width=stage.ssm_head_width, conv_taps=stage.ssm_conv_taps, dtype=dtype)

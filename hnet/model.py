@@ -1,55 +1,25 @@
 """H-Net: a language model over bytes that learns where to cut them (arXiv 2507.07955)."""
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import struct
 
+from hnet.chunked import constrain, through_chunks
 from hnet.config import HNetConfig, StageConfig
-from hnet.decode_state import StageState
+from hnet.decode_state import BoundaryState, DecodeState, StageState
 from hnet.isotropic import Isotropic
-from layers import Router, assign_chunks, chunk, dechunk, ratio_loss, straight_through
-from layers.array_types import Array, Float, Int, Integer, Scalar, typed
-
-
-@struct.dataclass
-class StageOutput:
-    """What the router of one stage did, at that stage's own length t."""
-
-    boundary_prob: jax.Array   # [b, t] float32; 1 at the first token of a segment, 0 at padding
-    boundary_mask: jax.Array   # [b, t] bool: every boundary, those past the capacity too
-    mask: jax.Array            # [b, t] bool: True = a real token
-    num_overflow: jax.Array    # [b] int32: boundaries past the capacity, whose tokens joined the chunk before
-    capacity: int = struct.field(pytree_node=False)  # chunk slots per row
-
-    @classmethod
-    def of_padding(cls, batch: int) -> "StageOutput":
-        """What a stage does with one padding token per row: nothing."""
-        no, none = jnp.zeros((batch, 1), bool), jnp.zeros(batch, jnp.int32)
-        return cls(jnp.zeros((batch, 1), jnp.float32), no, no, none, capacity=1)
-
-    def ratio_loss(self, target: Scalar) -> jax.Array:
-        """Eq. 10 over the batch's real tokens, for `target` tokens per chunk; see `layers.ratio_loss`."""
-        return ratio_loss(self.boundary_prob, self.boundary_mask, self.mask, target)
-
-    def metrics(self) -> dict[str, jax.Array]:
-        """Scalars over the batch's real tokens: how many became boundaries (F), and with what confidence (G)."""
-        count = jnp.maximum(jnp.sum(self.mask, dtype=jnp.float32), 1)
-        num_boundaries = jnp.sum(self.boundary_mask, dtype=jnp.float32)
-        return {
-            "boundary_rate": num_boundaries / count,
-            "mean_boundary_prob": jnp.sum(self.boundary_prob) / count,
-            "overflow_boundaries": jnp.sum(self.num_overflow, dtype=jnp.float32),
-            "overflow_rows": jnp.sum(self.num_overflow > 0, dtype=jnp.float32),
-        }
+from hnet.routers import entropy_boundaries, make_router
+from hnet.stage_output import StageOutput
+from layers import RouterHints, segment_starts, smooth, straight_through
+from layers.array_types import Array, Float, Int, Integer, typed
 
 
 class HNetOutput(NamedTuple):
     logits: jax.Array                # [b, t, vocab] float32
     stages: dict[str, StageOutput]   # "stage0", ...: the stages that chunk, outermost first
-    state: StageState | None         # after these tokens, if there was one to go on from
+    state: DecodeState | None        # after these tokens, if there was one to go on from
 
 
 class HNetLM(nn.Module):
@@ -63,7 +33,9 @@ class HNetLM(nn.Module):
         self,
         tokens: Integer[Array, "b t"],
         segment_ids: Integer[Array, "b t"] | None = None,
-        state: StageState | None = None,
+        state: DecodeState | None = None,
+        *,
+        boundary_levels: Integer[Array, "b t"] | None = None,
     ) -> HNetOutput:
         """Predicts each next token from those before it in the same segment.
 
@@ -72,7 +44,11 @@ class HNetLM(nn.Module):
           segment_ids: 0 = padding, anywhere in a row; non-zero ids are contiguous and unique within a row,
             and nothing crosses between them. None: each row is one segment. Logits at padding mean nothing.
           state: from `init_decode_state` or an earlier call, to go on from; every row is then one segment,
-            and a row of padding is left as it was.
+            and a row of padding is left as it was. Logits past the state's max_length are NaN.
+          boundary_levels: for stages whose router is "given": how many stages, from the outermost in, begin a
+            chunk at each token; 0 = none. The first token of a segment begins one at every stage.
+        Raises:
+          ValueError: a stage needs boundary_levels and there are none.
         """
         config = self.config
         width = config.stages[0].width
@@ -84,7 +60,15 @@ class HNetLM(nn.Module):
         init = nn.with_logical_partitioning(nn.initializers.normal(std), ("vocab", "embed"))
         embedding = self.param("embedding", init, (config.vocab_size, width))
         x = jnp.take(embedding, tokens, axis=0, mode="fill").astype(config.compute_dtype)
-        x, stages, state = HNet(config, 0, name="stage0")(_constrain(x), segment_ids, state)
+
+        boundary = None
+        if config.boundary_lm is not None:
+            boundary_levels, boundary = self._find_boundaries(tokens, segment_ids, state)
+        elif boundary_levels is not None:
+            boundary_levels = jnp.asarray(boundary_levels, jnp.int32)
+        hints = RouterHints(jnp.asarray(tokens, jnp.int32), boundary_levels)
+        x, stages, after = HNet(config, 0, name="stage0")(
+            constrain(x), segment_ids, hints, None if state is None else state.stage)
         if config.tie_embeddings:
             head = embedding.T
         else:
@@ -92,7 +76,24 @@ class HNetLM(nn.Module):
             head = self.param("lm_head", init, (width, config.vocab_size))
         logits = jnp.einsum(
             "btd,dv->btv", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
+        if state is not None:
+            num_read = state.num_tokens[:, None] + jnp.cumsum(segment_ids != 0, axis=1, dtype=jnp.int32)
+            # The caches have no room for what comes after: better no logits than wrong ones.
+            logits = jnp.where((num_read > state.max_length)[:, :, None], jnp.nan, logits)
+            state = state.replace(stage=after, num_tokens=num_read[:, -1], boundary=boundary)
         return HNetOutput(logits, stages, state)
+
+    def _find_boundaries(
+        self, tokens: jax.Array, segment_ids: jax.Array, state: DecodeState | None
+    ) -> tuple[jax.Array, BoundaryState | None]:
+        """Boundary levels for the router "entropy", from a language model that is not trained along."""
+        before = None if state is None else state.boundary
+        output = HNetLM(self.config.boundary_lm, name="boundary_lm")(
+            tokens, segment_ids, None if before is None else before.lm)
+        levels, entropy = entropy_boundaries(
+            output.logits, segment_ids, self.config.stages[0].entropy_threshold,
+            None if before is None else before.entropy)
+        return levels, None if before is None else BoundaryState(output.state, entropy)
 
 
 class HNet(nn.Module):
@@ -108,47 +109,55 @@ class HNet(nn.Module):
     @nn.compact
     @typed
     def __call__(
-        self, x: Float[Array, "b t d"], segment_ids: Int[Array, "b t"], state: StageState | None = None
-    ) -> tuple[Float[Array, "b t d"], dict[str, Any], StageState | None]:
-        """Returns the output, what each stage from here inwards did, and the state if it was given one."""
+        self,
+        x: Float[Array, "b t d"],
+        segment_ids: Int[Array, "b t"],
+        hints: RouterHints,
+        state: StageState | None = None,
+    ) -> tuple[Float[Array, "b t d"], dict[str, StageOutput], StageState | None]:
+        """Returns vectors of the width that came in, what the routers from here inwards did, and the state."""
         config, stage = self.config, self.config.stages[self.index]
         outer_width = x.shape[-1]
-        if stage.width > outer_width:
-            init = nn.with_logical_partitioning(nn.initializers.zeros, ("embed",))
+        if outer_width < stage.width:
+            init = nn.with_logical_partitioning(nn.initializers.zeros, ("norm",))
             extra = self.param("pad_dimension", init, (stage.width - outer_width,))
             extra = jnp.broadcast_to(extra.astype(x.dtype), (*x.shape[:-1], extra.shape[0]))
             x = jnp.concatenate([x, extra], axis=-1)
 
-        before = state or StageState(None, None, None, None, None)
+        before = StageState(None) if state is None else state
         h, encoder_state = self._stack(stage.encoder_runs, "encoder")(x, segment_ids, before.encoder)
         if not stage.decoder:
-            return h[..., :outer_width], {}, None if state is None else before._replace(encoder=encoder_state)
+            return h[..., :outer_width], {}, None if state is None else state.replace(encoder=encoder_state)
         residual = self._residual_proj(stage)(h)
 
-        boundary_prob, router_state = Router(name="router")(h, segment_ids, before.router)
+        boundary_prob, router_state = make_router(stage, "router")(h, segment_ids, hints, before.router)
         # Strictly greater: an all-zero sequence has p = 0.5 everywhere and would split at every byte.
         boundary_mask = boundary_prob > 0.5
-        capacity = max(1, math.ceil(stage.capacity * x.shape[1]))
-        plan = assign_chunks(boundary_mask, segment_ids, capacity)
-
         inner = HNet(config, self.index + 1, name=f"stage{self.index + 1}")
-        chunks = _constrain(chunk(h, plan))
-        z, inner_stages, inner_state = _run_inner(inner, chunks, plan.segment_ids, before.inner)
+        chunked = through_chunks(inner, config, h, boundary_prob, segment_ids, hints.boundary_levels, state)
+        values, token_value = chunked.values, None
+        if stage.upsampler == "smooth_tokens":
+            values, token_value = _smooth_tokens(values, boundary_prob, segment_ids, before.token_value)
 
         # How sure the router was of what it did; a boundary past the capacity was not made.
-        confidence = jnp.where(plan.starts_chunk, boundary_prob, 1 - boundary_prob)
-        y, value = dechunk(z, boundary_prob, plan, initial_value=before.value)
-        y = _constrain((y * straight_through(confidence)[..., None] + residual).astype(config.compute_dtype))
-        y, decoder_state = self._stack(stage.decoder_runs, "decoder")(y, segment_ids, before.decoder)
-        output = StageOutput(boundary_prob, boundary_mask, segment_ids != 0, plan.num_overflow, capacity)
+        confidence = jnp.where(chunked.starts_chunk, boundary_prob, 1 - boundary_prob)
+        y = values * straight_through(confidence)[..., None] + residual
+        num_overflow = jnp.sum(boundary_mask & ~chunked.starts_chunk, axis=1, dtype=jnp.int32)
+        if stage.overflow == "error":
+            y = jnp.where((num_overflow > 0)[:, None, None], jnp.nan, y)
+        y, decoder_state = self._stack(stage.decoder_runs, "decoder")(
+            constrain(y.astype(config.compute_dtype)), segment_ids, before.decoder)
+        output = StageOutput(boundary_prob, boundary_mask, segment_ids != 0, num_overflow, chunked.capacity)
         if state is not None:
-            state = StageState(encoder_state, router_state, value, decoder_state, inner_state)
-        return y[..., :outer_width], {f"stage{self.index}": output, **inner_stages}, state
+            num_chunks = state.num_chunks + jnp.sum(chunked.starts_chunk, axis=1, dtype=jnp.int32)
+            state = state.replace(
+                encoder=encoder_state, router=router_state, pool=chunked.pool, chunk_value=chunked.chunk_value,
+                token_value=token_value, num_chunks=num_chunks, decoder=decoder_state, inner=chunked.inner)
+        return y[..., :outer_width], {f"stage{self.index}": output, **chunked.stages}, state
 
     def _stack(self, runs: tuple[tuple[str, int], ...], name: str) -> Isotropic:
         std = 0.02 / math.sqrt(residual_depth(self.config, self.index))
-        stage = self.config.stages[self.index]
-        return Isotropic(runs, stage, std, self.config.compute_dtype, self.config.remat, name=name)
+        return Isotropic(runs, self.config.stages[self.index], std, self.config.compute_dtype, name=name)
 
     def _residual_proj(self, stage: StageConfig) -> nn.Dense:
         """The skip path around the inner stages, in float32: closed at the start, but for its bias."""
@@ -164,19 +173,14 @@ class HNet(nn.Module):
             bias_init=partitioned(uniform, ("norm",)))
 
 
-def _run_inner(
-    inner: HNet, chunks: jax.Array, segment_ids: jax.Array, state: StageState | None
-) -> tuple[jax.Array, dict[str, StageOutput], StageState | None]:
-    """Runs the stage within; while decoding single tokens only if some row has a chunk for it."""
-    if state is None or chunks.shape[1] > 1:
-        return inner(chunks, segment_ids, state)
-
-    def skip(inner, chunks, segment_ids, state):
-        names = [f"stage{index}" for index in range(inner.index, len(inner.config.stages) - 1)]
-        return jnp.zeros_like(chunks), {name: StageOutput.of_padding(chunks.shape[0]) for name in names}, state
-
-    run = lambda inner, *arguments: inner(*arguments)  # noqa: E731
-    return nn.cond(jnp.any(segment_ids != 0), run, skip, inner, chunks, segment_ids, state)
+def _smooth_tokens(
+    values: jax.Array, boundary_prob: jax.Array, segment_ids: jax.Array, initial_value: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Averages over tokens instead of chunks: s_t = p_t v_t + (1 - p_t) s_{t-1} (after arXiv 2601.22805)."""
+    starts = segment_starts(segment_ids)
+    restarts = starts if initial_value is None else jnp.zeros_like(starts)
+    smoothed = smooth(values, boundary_prob, restarts, is_real=segment_ids != 0, initial_value=initial_value)
+    return smoothed, smoothed[:, -1]  # padding leaves the average as it is
 
 
 def residual_depth(config: HNetConfig, index: int) -> int:
@@ -186,7 +190,3 @@ def residual_depth(config: HNetConfig, index: int) -> int:
     """
     runs = [run for stage in config.stages[: index + 1] for run in stage.encoder_runs + stage.decoder_runs]
     return sum(count * (2 if letter in "MT" else 1) for letter, count in runs)
-
-
-def _constrain(x: jax.Array) -> jax.Array:
-    return nn.with_logical_constraint(x, ("activation_batch", "activation_length", "activation_embed"))

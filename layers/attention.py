@@ -94,30 +94,45 @@ def masked_attention_reference(
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the tokens read so far, rotated already, in the order they were read."""
+    """Keys and values of the tokens read so far, rotated already; the newest ones, if there are more than slots.
 
-    k: jax.Array       # [b, s, h, k]; s is the capacity
-    v: jax.Array       # [b, s, h, v]
-    length: jax.Array  # [b] int32: tokens held; a token past the capacity is counted but not kept
+    The token at position p of its row is in slot p mod s, so attention that sees `window` earlier tokens needs
+    window + 1 slots, however long the row.
+    """
+
+    k: jax.Array          # [b, s, h, k]
+    v: jax.Array          # [b, s, h, v]
+    positions: jax.Array  # [b, s] int32: of the token in each slot; -1 = none yet
+    length: jax.Array     # [b] int32: tokens read
 
     @classmethod
     def empty(cls, batch: int, capacity: int, num_heads: int, head_width: int, dtype: jnp.dtype) -> "KVCache":
         shape = (batch, capacity, num_heads, head_width)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros(batch, jnp.int32))
+        positions = jnp.full((batch, capacity), -1, jnp.int32)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), positions, jnp.zeros(batch, jnp.int32))
 
-    def positions(self, is_real: jax.Array) -> jax.Array:
-        """[b, t] bool -> [b, t] int32: where in its row each new real token goes."""
-        return self.length[:, None] + jnp.cumsum(is_real, axis=1, dtype=jnp.int32) - 1
+    def positions_of(self, is_real: jax.Array) -> jax.Array:
+        """[b, t] bool -> [b, t] int32: where in its row each new real token goes; -1 for the others."""
+        return jnp.where(is_real, self.length[:, None] + jnp.cumsum(is_real, axis=1, dtype=jnp.int32) - 1, -1)
 
-    def append(self, k: jax.Array, v: jax.Array, is_real: jax.Array) -> "KVCache":
-        """Adds the real ones among new tokens [b, t, h, k]; rows without any keep their cache as it is."""
+    def append(self, k: jax.Array, v: jax.Array, positions: jax.Array) -> "KVCache":
+        """Adds new tokens [b, t, h, k] at their positions; rows without any keep their cache as it is."""
+        num_slots = self.k.shape[1]
+        length = jnp.maximum(self.length, jnp.max(positions, axis=1) + 1)
+        stays = (positions >= 0) & (positions >= length[:, None] - num_slots)
+        slot = jnp.where(stays, positions % num_slots, num_slots)  # one past the end is dropped
         row = jnp.arange(k.shape[0])[:, None]
-        slot = jnp.where(is_real, self.positions(is_real), self.k.shape[1])  # one past the end is dropped
         return KVCache(
             self.k.at[row, slot].set(k.astype(self.k.dtype), mode="drop"),
             self.v.at[row, slot].set(v.astype(self.v.dtype), mode="drop"),
-            self.length + jnp.sum(is_real, axis=1, dtype=jnp.int32),
+            self.positions.at[row, slot].set(positions, mode="drop"),
+            length,
         )
+
+    def followed_by(self, k: jax.Array, v: jax.Array, positions: jax.Array) -> tuple[jax.Array, ...]:
+        """Keys, values and positions of the cache and, after them, of new tokens."""
+        pairs = ((self.k, k), (self.v, v), (self.positions, positions))
+        return tuple(jnp.concatenate([old, new.astype(old.dtype)], axis=1) for old, new in pairs)
 
 
 class Attention(nn.Module):
@@ -158,7 +173,7 @@ class Attention(nn.Module):
         qkv = Linear(
             (3, self.num_heads, width // self.num_heads), ("embed", None, "heads", "head_width"),
             init_std=self.init_std, dtype=self.dtype, name="qkv")(x)
-        positions = segment_positions(segment_ids) if cache is None else cache.positions(is_real)
+        positions = segment_positions(segment_ids) if cache is None else cache.positions_of(is_real)
         q = rotary(qkv[:, :, 0], positions, width=self.rotary_width)
         k = rotary(qkv[:, :, 1], positions, width=self.rotary_width)
         v = qkv[:, :, 2]
@@ -166,11 +181,16 @@ class Attention(nn.Module):
             y = dot_product_attention(
                 q, k, v, window=self.window, segment_ids=segment_ids, implementation=self.implementation)
         else:
-            cache = cache.append(k, v, is_real)
-            distance = positions[:, :, None] - jnp.arange(cache.k.shape[1])  # [b, t, s]
+            # New tokens may push out of the cache what others among them still see: those are read beside it.
+            seen = cache.followed_by(k, v, positions)
+            cache = cache.append(k, v, positions)
+            if x.shape[1] == 1:
+                seen = cache.k, cache.v, cache.positions
+            keys, values, key_positions = seen
+            distance = positions[:, :, None] - key_positions[:, None, :]  # [b, t, s]
             near = (distance <= self.window) if self.window >= 0 else True
-            may_attend = (distance >= 0) & near & is_real[:, :, None]
-            y = masked_attention(q, cache.k, cache.v, may_attend, implementation=self.implementation)
+            may_attend = (distance >= 0) & near & (key_positions >= 0)[:, None, :]
+            y = masked_attention(q, keys, values, may_attend, implementation=self.implementation)
         y = Linear(
             (width,), ("heads", "head_width", "embed"),
             init_std=self.out_init_std, dtype=self.dtype, name="out")(y)

@@ -4,70 +4,24 @@ H-Net (arXiv 2507.07955), section 2.2, with the conventions of the released code
 Everything has a static shape: a row of t tokens owns a fixed number of chunk slots, its chunks fill
 the first of them in order, and slots beyond carry segment id 0, that is, they are padding.
 
-  p    = boundary_probability(q, k, segment_ids)            routing             [b, t]
+  p    = router(x, segment_ids)                             where chunks begin  [b, t]
   plan = assign_chunks(p > 0.5, segment_ids, capacity)      who owns which slot
   z    = inner network on chunk(x, plan)                                        [b, c, d]
   y, _ = dechunk(z, p, plan); y * straight_through(...)     smoothing, upsampling [b, t, d]
+
+Rows may share one buffer of slots instead (`pack_rows`): to everything here the buffer is then one long row,
+in which the rows are segments.
 """
 from typing import Literal, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from layers.array_types import Array, Bool, Float, Int, Scalar, typed
-from layers.segments import last_real, segment_starts
+from layers.array_types import Array, Bool, Float, Int, Shaped, typed
+from layers.segments import last_real, segment_ordinals, segment_starts
+from layers.smoothing import SmoothingImplementation, smooth
 
-# The release clamps the smoothing weight to [1e-4, 1 - 1e-4], so even a first chunk counts 0.9999.
-MIN_SMOOTHING = 1e-4
-
-SmoothingImplementation = Literal["auto", "reference", "associative"]
-
-
-class RouterState(NamedTuple):
-    """What a router remembers of the tokens read so far."""
-
-    last_query: jax.Array  # [b, d] float32: the query of the last real token
-    has_seen: jax.Array    # [b] bool: whether there was one
-
-    @classmethod
-    def empty(cls, batch: int, width: int) -> "RouterState":
-        return cls(jnp.zeros((batch, width), jnp.float32), jnp.zeros(batch, bool))
-
-
-@typed
-def boundary_probability(
-    query: Float[Array, "b t d"],
-    key: Float[Array, "b t d"],
-    segment_ids: Int[Array, "b t"],
-    state: RouterState | None = None,
-) -> Float[Array, "b t"]:
-    """Returns p_t = (1 - cos(query_{t-1}, key_t)) / 2 in float32: neighbours that differ start a chunk.
-
-    Eq. 4, with the query on the earlier token as in the release (the paper writes the opposite). p is 1 at the
-    first token of every segment, without a gradient, and 0 at padding.
-
-    Args:
-      state: where rows go on from earlier tokens; each row is then one segment, which those began.
-    """
-    starts = segment_starts(segment_ids)
-    previous = jnp.pad(query[:, :-1], ((0, 0), (1, 0), (0, 0)))
-    if state is not None:
-        previous = jnp.where(starts[:, :, None], state.last_query[:, None].astype(query.dtype), previous)
-        starts = starts & ~state.has_seen[:, None]
-    p = (1 - jnp.einsum("btd,btd->bt", _normalise(previous), _normalise(key))) / 2
-    # Not jnp.clip, which halves the gradient at a tie; and a cosine of exactly 1 is common (a repeated byte).
-    p = jnp.where(p < 0, 0.0, jnp.where(p > 1, 1.0, p))
-    return jnp.where(segment_ids == 0, 0.0, jnp.where(starts, 1.0, p))
-
-
-def _normalise(x: jax.Array) -> jax.Array:
-    """x / max(|x|, 1e-12) in float32, with a gradient of 0 rather than NaN where x is 0."""
-    x = x.astype(jnp.float32)
-    square = jnp.sum(x * x, axis=-1, keepdims=True)
-    is_zero = square == 0
-    norm = jnp.sqrt(jnp.where(is_zero, 1.0, square))
-    return jnp.where(is_zero, 0.0, x / jnp.maximum(norm, 1e-12))
+Pooling = Literal["mean", "max"]
 
 
 class ChunkPlan(NamedTuple):
@@ -82,13 +36,21 @@ class ChunkPlan(NamedTuple):
 
 @typed
 def assign_chunks(
-    boundary_mask: Bool[Array, "b t"], segment_ids: Int[Array, "b t"], capacity: int
+    boundary_mask: Bool[Array, "b t"],
+    segment_ids: Int[Array, "b t"],
+    capacity: int,
+    *,
+    num_before: Int[Array, "b"] | None = None,
+    limit: int | None = None,
 ) -> ChunkPlan:
     """Gives the first `capacity` boundaries of each row a slot, in order.
 
     Which boundaries stay depends on earlier tokens alone, so training and decoding agree. A token whose own
     segment has no chunk yet (its first boundary overflowed) reads no slot, never another segment's.
 
+    Args:
+      num_before: chunks that each row began in earlier calls, where rows go on from those.
+      limit: chunks that a row may have in all, those before included; None = no limit.
     Raises:
       ValueError: capacity is not in 1 .. t.
     """
@@ -97,7 +59,10 @@ def assign_chunks(
         raise ValueError(f"capacity {capacity} must be between 1 and the {length} tokens of a row")
     boundary_mask = boundary_mask & (segment_ids != 0)
     rank = jnp.cumsum(boundary_mask, axis=1, dtype=jnp.int32) - 1
-    starts_chunk = boundary_mask & (rank < capacity)
+    room = jnp.full((num_rows, 1), capacity, jnp.int32)
+    if num_before is not None and limit is not None:
+        room = jnp.minimum(room, limit - num_before[:, None])
+    starts_chunk = boundary_mask & (rank < room)
 
     row = jnp.arange(num_rows)[:, None]
     target = jnp.where(starts_chunk, rank, capacity)  # one past the end is dropped
@@ -105,16 +70,79 @@ def assign_chunks(
     token = jnp.full((num_rows, capacity), length, jnp.int32).at[row, target].set(index, mode="drop")
     chunk_ids = jnp.take_along_axis(segment_ids, token, axis=1, mode="fill", fill_value=0)
 
-    slot = jnp.clip(rank, 0, capacity - 1)
-    may_read = (jnp.take_along_axis(chunk_ids, slot, axis=1) == segment_ids) & (segment_ids != 0) & (rank >= 0)
-    num_overflow = jnp.maximum(jnp.sum(boundary_mask, axis=1, dtype=jnp.int32) - capacity, 0)
-    return ChunkPlan(starts_chunk, jnp.where(may_read, slot, capacity), token, chunk_ids, num_overflow)
+    last = jnp.minimum(rank, room - 1)
+    own_id = jnp.take_along_axis(chunk_ids, jnp.maximum(last, 0), axis=1)
+    may_read = (own_id == segment_ids) & (segment_ids != 0) & (last >= 0)
+    num_overflow = jnp.sum(boundary_mask & ~starts_chunk, axis=1, dtype=jnp.int32)
+    return ChunkPlan(starts_chunk, jnp.where(may_read, last, capacity), token, chunk_ids, num_overflow)
 
 
 @typed
-def chunk(x: Float[Array, "b t d"], plan: ChunkPlan) -> Float[Array, "b c d"]:
-    """Takes the vector of each chunk's first token (section 2.2.1, downsampler); empty slots are 0."""
-    return jnp.take_along_axis(x, plan.token[:, :, None], axis=1, mode="fill", fill_value=0)
+def chunk(x: Shaped[Array, "b t *d"], plan: ChunkPlan) -> Shaped[Array, "b c *d"]:
+    """Takes the entry of each chunk's first token (section 2.2.1, downsampler); empty slots are 0."""
+    index = plan.token.reshape(plan.token.shape + (1,) * (x.ndim - 2))
+    return jnp.take_along_axis(x, index, axis=1, mode="fill", fill_value=0)
+
+
+class PoolState(NamedTuple):
+    """The tokens, so far, of the chunk that each row is in."""
+
+    total: jax.Array  # [b, d] float32: their sum, or their maximum
+    count: jax.Array  # [b] int32
+
+    @classmethod
+    def empty(cls, batch: int, width: int) -> "PoolState":
+        return cls(jnp.zeros((batch, width), jnp.float32), jnp.zeros(batch, jnp.int32))
+
+
+@typed
+def chunk_pooled(
+    x: Float[Array, "b t d"],
+    plan: ChunkPlan,
+    segment_ids: Int[Array, "b t"],
+    *,
+    pooling: Pooling,
+    state: PoolState | None = None,
+) -> tuple[Float[Array, "b c d"], PoolState]:
+    """Fills each slot with the mean or maximum over the tokens of the chunk *before*, in the same segment.
+
+    Pooled over its own tokens, a chunk would tell the earlier ones of them about the later. So what a token
+    reads covers the chunks that were complete when its own began, as in MegaByte and BLT; the first
+    slot of a segment is 0. Sums are float32; the result has the dtype of `x`.
+
+    Args:
+      state: where rows go on from earlier tokens; each row is then one segment, which those began.
+    Returns:
+      The slots, and the tokens of the chunk that each row ends in.
+    """
+    num_rows, num_slots = plan.token.shape
+    width = x.shape[-1]
+    begun = jnp.cumsum(plan.starts_chunk, axis=1, dtype=jnp.int32)  # 0: the chunk that the row came in with
+    is_inside = (plan.slot == begun - 1) | ((begun == 0) & (segment_ids != 0) & (state is not None))
+    pool = jnp.where(is_inside, begun, num_slots + 1)  # one past the end is dropped
+    row = jnp.arange(num_rows)[:, None]
+
+    before = state or PoolState.empty(num_rows, width)
+    exact = x.astype(jnp.float32)
+    count = jnp.zeros((num_rows, num_slots + 1), jnp.int32).at[:, 0].set(before.count)
+    count = count.at[row, pool].add(1, mode="drop")
+    if pooling == "mean":
+        total = jnp.zeros((num_rows, num_slots + 1, width), jnp.float32).at[:, 0].set(before.total)
+        total = total.at[row, pool].add(exact, mode="drop")
+        pooled = total / jnp.maximum(count, 1)[:, :, None]
+    else:
+        nothing = jnp.finfo(jnp.float32).min
+        first = jnp.where(before.count[:, None] > 0, before.total, nothing)
+        total = jnp.full((num_rows, num_slots + 1, width), nothing).at[:, 0].set(first)
+        total = total.at[row, pool].max(exact, mode="drop")
+        pooled = total = jnp.where(count[:, :, None] > 0, total, 0)
+
+    owner = jnp.pad(plan.segment_ids[:, :-1], ((0, 0), (1, 0)))  # [b, c]: segment of the pool before each slot
+    owner = owner.at[:, 0].set(plan.segment_ids[:, 0] if state is not None else 0)
+    belongs = (owner == plan.segment_ids) & (plan.segment_ids != 0)
+    last = begun[:, -1]
+    after = PoolState(total[jnp.arange(num_rows), last], count[jnp.arange(num_rows), last])
+    return jnp.where(belongs[:, :, None], pooled[:, :-1], 0).astype(x.dtype), after
 
 
 @typed
@@ -123,7 +151,9 @@ def dechunk(
     boundary_prob: Float[Array, "b t"],
     plan: ChunkPlan,
     *,
+    smoothing: bool = True,
     initial_value: Float[Array, "b d"] | None = None,
+    round_to_bfloat16: bool = False,
     implementation: SmoothingImplementation = "auto",
 ) -> tuple[Float[Array, "b t d"], Float[Array, "b d"]]:
     """Smooths the chunks by their confidence and hands each token the value of its chunk, in float32.
@@ -132,64 +162,26 @@ def dechunk(
     each segment. Upsampling (eq. 8): token t receives s of the chunk it is in; 0 if it is in none.
 
     Args:
+      smoothing: False leaves s_c = z_c.
       initial_value: s of the chunk that each row begins in; each row is then one segment, which that chunk
         belongs to. None: rows begin in no chunk.
+      round_to_bfloat16: see `smooth`.
     Returns:
       The tokens' values, and s of the chunk that each row ends in.
     """
-    p = jnp.take_along_axis(boundary_prob.astype(jnp.float32), plan.token, axis=1, mode="fill", fill_value=0)
-    restarts = segment_starts(plan.segment_ids)
-    if initial_value is None:
-        initial_value = jnp.zeros_like(z[:, 0], jnp.float32)
-    else:
-        restarts = jnp.zeros_like(restarts)
-    smoothed = smooth(z, p, restarts, initial_value=initial_value, implementation=implementation)
+    is_carried = initial_value is not None
+    initial_value = jnp.zeros_like(z[:, 0], jnp.float32) if initial_value is None else initial_value
+    smoothed = z.astype(jnp.float32)
+    if smoothing:
+        p = chunk(boundary_prob.astype(jnp.float32), plan)
+        restarts = jnp.zeros_like(plan.segment_ids, bool) if is_carried else segment_starts(plan.segment_ids)
+        smoothed = smooth(z, p, restarts, initial_value=initial_value, round_to_bfloat16=round_to_bfloat16,
+                          implementation=implementation)
     # Slots past the last chunk are empty; the value that the row ends in is that of its last real one.
     is_chunk = (plan.segment_ids != 0)[:, :, None]
     last = jnp.where(is_chunk[:, 0], last_real(smoothed, plan.segment_ids), initial_value)
     upsampled = jnp.take_along_axis(smoothed, plan.slot[:, :, None], axis=1, mode="fill", fill_value=0)
     return jnp.where((plan.slot < z.shape[1])[:, :, None], upsampled, initial_value[:, None]), last
-
-
-@typed
-def smooth(
-    z: Float[Array, "b c d"],
-    p: Float[Array, "b c"],
-    restarts: Bool[Array, "b c"],
-    *,
-    initial_value: Float[Array, "b d"] | None = None,
-    implementation: SmoothingImplementation = "auto",
-) -> Float[Array, "b c d"]:
-    """Runs s_c = p_c z_c + (1 - p_c) s_{c-1} in float32; s_{c-1} counts as 0 where `restarts`.
-
-    Args:
-      initial_value: s before the first chunk; None means zeros.
-      implementation: "reference" steps chunk by chunk, "associative" is a parallel scan; "auto" means
-        "associative".
-    """
-    p = jnp.where(p < MIN_SMOOTHING, MIN_SMOOTHING, jnp.where(p > 1 - MIN_SMOOTHING, 1 - MIN_SMOOTHING, p))
-    keep = jnp.where(restarts, 0.0, 1 - p)[:, :, None]
-    write = p[:, :, None] * z.astype(jnp.float32)
-    if initial_value is not None:
-        write = write.at[:, 0].add(keep[:, 0] * initial_value)
-    if implementation == "reference":
-        return _scan_reference(keep, write)
-    return jax.lax.associative_scan(_compose, (jnp.broadcast_to(keep, write.shape), write), axis=1)[1]
-
-
-def _scan_reference(keep: jax.Array, write: jax.Array) -> jax.Array:
-    def step(s, inputs):
-        keep_c, write_c = inputs
-        s = keep_c * s + write_c
-        return s, s
-
-    by_chunk = jnp.swapaxes(keep, 0, 1), jnp.swapaxes(write, 0, 1)  # [c, b, d]
-    return jnp.swapaxes(jax.lax.scan(step, jnp.zeros_like(write[:, 0]), by_chunk)[1], 0, 1)
-
-
-def _compose(first, second):
-    """Two steps s -> keep * s + write as one."""
-    return first[0] * second[0], second[0] * first[1] + second[1]
 
 
 @typed
@@ -199,49 +191,20 @@ def straight_through(p: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
 
 
 @typed
-def ratio_loss(
-    boundary_prob: Float[Array, "b t"],
-    boundary_mask: Bool[Array, "b t"],
-    mask: Bool[Array, "b t"],
-    target: Scalar,
-) -> Float[Array, ""]:
-    """Pulls the fraction of boundaries towards 1 / target (eq. 10); it is 1 there.
+def pack_segments(segment_ids: Int[Array, "b t"], num_buffers: int) -> Int[Array, "n l"]:
+    """Segment ids of `num_buffers` buffers, each of which holds equally many rows one after the other.
 
-    With F the fraction of real tokens that are boundaries, which carries no gradient, and G their mean
-    probability: target / (target - 1) * ((target - 1) F G + (1 - F)(1 - G)).
-
-    Args:
-      mask: True = a real token; means run over those, across the whole batch.
-      target: tokens per chunk to aim at, > 1.
+    Segments of different rows get different ids; see `pack_rows`.
     """
-    count = jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1)
-    f = jnp.sum(boundary_mask & mask, dtype=jnp.float32) / count
-    g = jnp.sum(jnp.where(mask, boundary_prob, 0), dtype=jnp.float32) / count
-    return target / (target - 1) * ((target - 1) * f * g + (1 - f) * (1 - g))
+    row = jnp.arange(segment_ids.shape[0], dtype=jnp.int32)[:, None]
+    unique = row * segment_ids.shape[1] + segment_ordinals(segment_ids)
+    return jnp.where(segment_ids != 0, unique, 0).reshape(num_buffers, -1)
 
 
-class Router(nn.Module):
-    """Boundary probabilities from learned projections of neighbouring tokens, in float32.
+@typed
+def pack_rows(x: Shaped[Array, "b t *d"], num_buffers: int) -> Shaped[Array, "n l *d"]:
+    """Puts rows one after the other into `num_buffers` buffers, to share slots; `reshape` is the way back.
 
-    Both projections start as the identity: at first p is the raw cosine distance of neighbours.
+    The chunks of a whole buffer vary less, relative to their number, than those of its worst row.
     """
-
-    @nn.compact
-    @typed
-    def __call__(
-        self, x: Float[Array, "b t d"], segment_ids: Int[Array, "b t"], state: RouterState | None = None
-    ) -> tuple[Float[Array, "b t"], RouterState]:
-        """Returns `boundary_probability` of the projected tokens, and what to go on from after them."""
-        def project(name):
-            identity = nn.with_logical_partitioning(
-                lambda key, shape, dtype=jnp.float32: jnp.eye(*shape, dtype=dtype), ("embed", None))
-            return nn.Dense(
-                x.shape[-1], use_bias=False, dtype=jnp.float32, precision=jax.lax.Precision.HIGHEST,
-                kernel_init=identity, name=name)(x)
-
-        query, key = project("query"), project("key")
-        p = boundary_probability(query, key, segment_ids, state)
-        before = state or RouterState.empty(x.shape[0], x.shape[-1])
-        is_read = jnp.any(segment_ids != 0, axis=1)
-        last_query = jnp.where(is_read[:, None], last_real(query, segment_ids), before.last_query)
-        return p, RouterState(last_query, before.has_seen | is_read)
+    return x.reshape(num_buffers, -1, *x.shape[2:])

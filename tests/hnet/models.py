@@ -1,5 +1,4 @@
 """Small models with weights drawn away from their initial values, whose routers therefore cut at random."""
-import dataclasses
 from functools import cache, partial
 
 import jax
@@ -40,11 +39,6 @@ def random_params(config: HNetConfig, seed: int = 0) -> dict:
 def compiled(config: HNetConfig):
     return jax.jit(lambda params, tokens, segment_ids: HNetLM(config).apply(
         {"params": params}, tokens, segment_ids))
-
-
-def with_capacity(config: HNetConfig, capacity: float) -> HNetConfig:
-    stages = tuple(dataclasses.replace(stage, capacity=capacity) for stage in config.stages)
-    return dataclasses.replace(config, stages=stages)
 
 
 def clear_tokens(config: HNetConfig, params: dict, segment_ids: np.ndarray) -> np.ndarray:

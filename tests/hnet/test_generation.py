@@ -2,9 +2,9 @@ import jax
 import numpy as np
 import pytest
 
-from hnet import HNetLM, Sampling, generate
-from hnet.generation import _programs, sample
-from tests.hnet.models import compiled, random_params, two_stage_config, with_capacity
+from hnet import HNetLM, Sampling, generate, sample
+from hnet.generation import _programs
+from tests.hnet.models import compiled, random_params, two_stage_config
 
 CONFIG = two_stage_config()
 PARAMS = random_params(CONFIG)
@@ -41,8 +41,8 @@ def test_one_program_per_prompt_bucket_and_one_for_every_step():
     sampling = Sampling(temperature=0.9)
     for prompts, num_tokens in ((PROMPTS, 4), ([[1], [2, 3], [4]], 5), ([[1] * 16, [2], [3]], 6)):
         list(generate(MODEL, PARAMS, prompts, num_tokens=num_tokens, sampling=sampling))
-    prefill, step = _programs(MODEL, sampling)
-    sizes = prefill._cache_size(), step._cache_size()
+    programs = _programs(MODEL, sampling)
+    sizes = programs.read._cache_size(), programs.next._cache_size()
     assert sizes[0] <= 2 and sizes[1] <= 2  # the last prompt fills its bucket, so its cache is one size larger
 
 
@@ -90,8 +90,3 @@ def test_generate_refuses_empty_prompts_and_missing_seeds():
         next(generate(MODEL, PARAMS, [[1], []], num_tokens=1))
     with pytest.raises(ValueError, match="2 prompts need as many seeds, not 1"):
         next(generate(MODEL, PARAMS, [[1], [2]], num_tokens=1, seeds=[0]))
-
-
-def test_generate_refuses_a_capacity_that_would_drop_boundaries_of_the_prompt():
-    with pytest.raises(ValueError, match=r"stage0\.capacity is 0\.5; decoding needs 1"):
-        next(generate(HNetLM(with_capacity(CONFIG, 0.5)), PARAMS, PROMPTS, num_tokens=1))

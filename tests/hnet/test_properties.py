@@ -4,10 +4,11 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from hnet import HNetConfig
 from tests.assertions import SAME_COMPUTATION, assert_golden
-from tests.hnet.models import clear_tokens, compiled, random_params, two_stage_config, with_capacity
+from tests.hnet.models import clear_tokens, compiled, random_params, two_stage_config
 
 T = 40
 CONFIG = two_stage_config()
@@ -105,14 +106,14 @@ def test_permuting_rows_permutes_outputs():
 def test_full_capacity_equals_any_capacity_that_does_not_overflow():
     full = _run(TOKENS, ONES)
     needed = max(float(stage.boundary_mask.sum(1).max()) / stage.mask.shape[1] for stage in full.stages.values())
-    tight = _run(TOKENS, ONES, with_capacity(CONFIG, min(needed + 1 / T, 1.0)))
+    tight = _run(TOKENS, ONES, CONFIG.with_stages(capacity=min(needed + 1 / T, 1.0)))
     for name, stage in tight.stages.items():
         assert stage.capacity < full.stages[name].capacity and (np.asarray(stage.num_overflow) == 0).all()
     _same(tight.logits, full.logits)
 
 
 def test_overflow_is_counted_and_demotes_causally():
-    config = with_capacity(CONFIG, 0.2)
+    config = CONFIG.with_stages(capacity=0.2)
     output, full = _run(TOKENS, ONES, config), _run(TOKENS, ONES)
     stage = output.stages["stage0"]
     count = np.asarray(full.stages["stage0"].boundary_mask).sum(1)
@@ -124,7 +125,8 @@ def test_overflow_is_counted_and_demotes_causally():
     _same(_run(last, ONES, config).logits[:, :-1], output.logits[:, :-1])
 
 
-def test_gradients_do_not_depend_on_rematerialisation():
+@pytest.mark.parametrize("remat", ["dots", "block"])
+def test_gradients_do_not_depend_on_rematerialisation(remat):
     stored = HNetConfig(stages=(dataclasses.replace(CONFIG.stages[1], encoder="T2", decoder=""),), vocab_size=61)
     params = random_params(stored)
 
@@ -132,7 +134,7 @@ def test_gradients_do_not_depend_on_rematerialisation():
         loss = lambda params: jnp.mean(compiled(config)(params, TOKENS, ONES).logits ** 2)  # noqa: E731
         return jax.jit(jax.grad(loss))(params)
 
-    assert_golden(gradient(dataclasses.replace(stored, remat=True)), gradient(stored))
+    assert_golden(gradient(stored.with_stages(remat=remat)), gradient(stored))
 
 
 def test_a_bfloat16_model_has_float32_logits_and_probabilities():

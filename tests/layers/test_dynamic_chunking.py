@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from layers import (
-    Router,
+    CosineRouter,
     assign_chunks,
     boundary_probability,
     chunk,
@@ -146,7 +146,7 @@ def test_ratio_loss_pushes_probabilities_by_the_realised_fraction():
 
 def test_router_starts_as_the_raw_cosine():
     x = Draw(3)(1, 6, 8)
-    router = Router()
+    router = CosineRouter()
     p, _ = router.apply(router.init(jax.random.key(0), x, ONES), x, ONES)
     np.testing.assert_allclose(p, boundary_probability(x, x, ONES), atol=1e-6)
 
@@ -161,13 +161,13 @@ def test_a_row_that_goes_on_reads_its_chunk_until_the_next_boundary():
 
 def test_a_router_goes_on_from_the_last_real_token():
     x = Draw(4)(2, 8, 6)
-    router = Router()
+    router = CosineRouter()
     params = router.init(jax.random.key(0), x, jnp.ones((2, 8), jnp.int32))
     whole, _ = router.apply(params, x, jnp.ones((2, 8), jnp.int32))
     first, state = router.apply(params, x[:, :4], jnp.array([[1, 1, 1, 1], [1, 1, 0, 0]]))
-    idle, state = router.apply(params, x[:, :2], jnp.zeros((2, 2), jnp.int32), state)
+    idle, state = router.apply(params, x[:, :2], jnp.zeros((2, 2), jnp.int32), state=state)
     assert (idle == 0).all()
     rest = jnp.stack([x[0, 4:], x[1, 2:6]])
-    second, _ = router.apply(params, rest, jnp.ones((2, 4), jnp.int32), state)
+    second, _ = router.apply(params, rest, jnp.ones((2, 4), jnp.int32), state=state)
     np.testing.assert_allclose(jnp.concatenate([first[0], second[0]]), whole[0], atol=1e-6)
     np.testing.assert_allclose(jnp.concatenate([first[1, :2], second[1]]), whole[1, :6], atol=1e-6)

@@ -1,0 +1,44 @@
+"""Which router a stage has. A router of your own: a module as `layers.routers` describes, and a line here."""
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from hnet.config import StageConfig
+from layers import CosineRouter, GivenRouter, SpaceRouter, StrideRouter, segment_starts
+
+_MAKE = {
+    "learned": lambda stage, name: CosineRouter(name=name),
+    "stride": lambda stage, name: StrideRouter(stage.router_stride, name=name),
+    "space": lambda stage, name: SpaceRouter(name=name),
+    "entropy": lambda stage, name: GivenRouter(name=name),  # `HNetLM` finds the boundaries, with its boundary_lm
+    "given": lambda stage, name: GivenRouter(name=name),
+}
+
+
+def make_router(stage: StageConfig, name: str | None = None) -> nn.Module:
+    return _MAKE[stage.router](stage, name)
+
+
+def entropy_boundaries(
+    logits: jax.Array, segment_ids: jax.Array, threshold: float, last_entropy: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Chunks begin at bytes that a language model found hard to foresee (BLT, arXiv 2412.09871, section 2.3).
+
+    Args:
+      logits: [b, t, vocab], of the byte after each; no gradient passes.
+      threshold: nats; a byte starts a chunk if the entropy of its prediction is above.
+      last_entropy: [b], of the prediction of the first real byte of each row, where rows go on; else None.
+    Returns:
+      Boundary levels [b, t] int32, 1 or 0; and the entropy [b] of the byte after the last real one.
+    """
+    log_p = jax.nn.log_softmax(jax.lax.stop_gradient(logits).astype(jnp.float32), axis=-1)
+    entropy = -jnp.sum(jnp.exp(log_p) * log_p, axis=-1)  # [b, t]
+    before = jnp.pad(entropy[:, :-1], ((0, 0), (1, 0)))
+    is_real = segment_ids != 0
+    last = entropy[:, -1]
+    if last_entropy is not None:
+        before = jnp.where(segment_starts(segment_ids), last_entropy[:, None], before)
+        index = jnp.max(jnp.where(is_real, jnp.arange(entropy.shape[1]), 0), axis=1)
+        read = jnp.take_along_axis(entropy, index[:, None], axis=1)[:, 0]
+        last = jnp.where(jnp.any(is_real, axis=1), read, last_entropy)
+    return ((before > threshold) & is_real).astype(jnp.int32), last
