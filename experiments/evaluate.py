@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 from experiments.config import RunConfig
 from experiments.data import Batch, Corpus, EvaluationSource, WindowSource
 from experiments.errors import run_command
+from experiments.losses import apply_model, next_byte_nats, target_mask
 from experiments.mesh import batch_sharding, put_batch, use_mesh
-from experiments.run import evaluation_config, open_run
-from experiments.train_step import apply_model, next_byte_nats, target_mask
+from experiments.run import open_run
 from hnet import HNetLM
 
 Evaluate = Callable[[Any, Iterable[Batch]], dict[str, float]]
@@ -39,9 +39,10 @@ def main(argv: list[str]) -> None:
 
 def held_out(config: RunConfig, corpus: Corpus) -> EvaluationSource:
     """A fixed choice of `config.eval_bytes` held-out bytes, spread over the documents."""
-    windows = WindowSource(corpus.split("test"), config.data.sequence_length, seed=0)
+    data = config.data
+    windows = WindowSource(corpus.split("test"), data.sequence_length, seed=0, loss_marker=data.loss_marker)
     return EvaluationSource(
-        windows, config.data.batch_size, num_bytes=config.eval_bytes,
+        windows, data.batch_size, num_bytes=config.eval_bytes,
         process_index=jax.process_index(), process_count=jax.process_count())
 
 
@@ -50,13 +51,13 @@ def make_evaluate(config: RunConfig, mesh: Mesh) -> Evaluate:
 
     Chunk capacity is full here whatever the run trains with: no boundary is ever demoted.
     """
-    model = HNetLM(evaluation_config(config.model))
+    model = HNetLM(config.model.at_full_capacity())
 
     def sums(params: Any, batch: Batch) -> dict[str, jax.Array]:
         output = apply_model(model, params, batch)
         counts = {
             "nats": next_byte_nats(output.logits, batch),
-            "bytes": jnp.sum(target_mask(batch["segment_ids"])),
+            "bytes": jnp.sum(target_mask(batch)),
         }
         for name, stage in output.stages.items():
             counts[f"{name}/tokens"] = jnp.sum(stage.mask)

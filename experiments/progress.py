@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Column
 
 # How each number is written; a name that is not listed gets four significant digits.
-FIELD_FORMATS = {"bits/byte": ".3f", "bytes/s": ",.0f", "boundary rate": ".3f"}
+FIELD_FORMATS = {"bits/byte": ".3f", "bytes/s": ",.0f", "boundary rate": ".3f", "overflowed boundaries": ",.0f"}
 
 
 class Progress:

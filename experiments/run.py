@@ -7,16 +7,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
 
-from experiments.checkpoints import Checkpoints
+from experiments.checkpoints import Checkpoints, Restored
+from experiments.checksums import leaves_by_path
 from experiments.config import DataConfig, RunConfig
 from experiments.config_loading import apply_overrides, config_from_json, split_overrides
 from experiments.data import Corpus, load_corpus
 from experiments.errors import UsageError
 from experiments.mesh import make_mesh, use_mesh
-from experiments.train_step import compile_program
+from experiments.train_step import TrainState, compile_program, weights
 from hnet import HNetConfig
+
+PARAMETERS_ONLY = "parameters"  # meta["contents"] of a checkpoint without an optimizer's state
 
 
 class Run(NamedTuple):
@@ -42,22 +46,73 @@ def open_run(parser: argparse.ArgumentParser, argv: list[str]) -> Run:
 
 def restore_run(workdir: str | Path, step: int | None = None, overrides: list[str] | None = None, **_: Any) -> Run:
     """Restores checkpoint `step` of a run, or its newest sound one, with its config changed by `overrides`."""
-    workdir = Path(workdir).expanduser().absolute()
-    if not (workdir / "checkpoints").is_dir():
-        raise UsageError(f"--workdir={workdir}: no run has saved a checkpoint there; "
-                         "train one with python -m experiments.train --config=quickstart --workdir=...")
     enable_compilation_cache()
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=1)
-    meta = checkpoints.read_meta(step)
-    saved = config_from_json(json.dumps(meta["config"]))
-    config = RunConfig.from_config_dict(apply_overrides(saved, overrides or []))
+    workdir = Path(workdir).expanduser().absolute()
+    checkpoints, meta = _open_checkpoints(workdir, step)
+    config = RunConfig.from_config_dict(apply_overrides(_config_of(meta), overrides or []))
     mesh = make_mesh(1, jax.devices()[:1])
+    restored = _restore(checkpoints, step, _abstract_state(config, mesh, meta))
+    return Run(workdir, config, mesh, restored.step, weights(restored.state))
+
+
+def restore_params(workdir: str | Path, abstract_params: Any, step: int | None = None) -> Any:
+    """Restores the weights of a run for another model, whose parameters `abstract_params` describes.
+
+    Args:
+      abstract_params: ShapeDtypeStructs; each weight is restored onto the sharding of its own.
+    Raises:
+      UsageError: there is no such run or checkpoint, or its model has other parameters.
+    """
+    checkpoints, meta = _open_checkpoints(Path(workdir).expanduser().absolute(), step)
+    config = RunConfig.from_config_dict(_config_of(meta))
+    sharding = jax.tree.leaves(abstract_params)[0].sharding
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else make_mesh(1, jax.devices()[:1])
+    # What else that run saved goes onto this mesh too, over which its batch need not divide.
+    rows = mesh.shape["data"] * config.optimizer.accumulation_steps
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=rows))
+    abstract = _abstract_state(config, mesh, meta)
+    _check_same_parameters(abstract.params, abstract_params, workdir)
+    abstract = abstract.replace(params=abstract_params, ema=abstract_params if abstract.ema else ())
+    return weights(_restore(checkpoints, step, abstract).state)
+
+
+def _open_checkpoints(workdir: Path, step: int | None) -> tuple[Checkpoints, dict[str, Any]]:
+    if not (workdir / "checkpoints").is_dir():
+        raise UsageError(f"{workdir}: no run has saved a checkpoint there; "
+                         f"train one with python -m experiments.train --config=quickstart --workdir={workdir}")
+    checkpoints = Checkpoints(workdir / "checkpoints", keep=1)
+    return checkpoints, checkpoints.read_meta(step)
+
+
+def _config_of(meta: dict[str, Any]) -> ConfigDict:
+    return config_from_json(json.dumps(meta["config"]))
+
+
+def _abstract_state(config: RunConfig, mesh: Mesh, meta: dict[str, Any]) -> TrainState:
     with use_mesh(mesh):
         abstract = compile_program(config, mesh).abstract_state
-        restored = (checkpoints.restore_latest(abstract) if step is None
-                    else checkpoints.restore_step(step, abstract))
+    return abstract.replace(opt_state=(), ema=()) if meta.get("contents") == PARAMETERS_ONLY else abstract
+
+
+def _restore(checkpoints: Checkpoints, step: int | None, abstract: TrainState) -> Restored:
+    restored = checkpoints.restore_latest(abstract) if step is None else checkpoints.restore_step(step, abstract)
     checkpoints.close()
-    return Run(workdir, config, mesh, restored.step, restored.state.params)
+    assert restored is not None, "its meta was read"
+    return restored
+
+
+def _check_same_parameters(saved: Any, wanted: Any, workdir: str | Path) -> None:
+    def described(params: Any) -> dict[str, str]:
+        return {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves_by_path(params).items()}
+
+    there, here = described(saved), described(wanted)
+    differing = [path for path in here | there if there.get(path) != here.get(path)]
+    if differing:
+        path = differing[0]
+        others = f" (and {len(differing) - 1} more parameters differ)" if differing[1:] else ""
+        raise UsageError(
+            f"the model of {workdir} does not fit this one: {path} is {there.get(path, 'absent')} there and "
+            f"{here.get(path, 'absent')} here{others}; change config.model, or start from another run")
 
 
 def open_corpus(data: DataConfig) -> Corpus:
@@ -66,8 +121,7 @@ def open_corpus(data: DataConfig) -> Corpus:
 
 def evaluation_config(model: HNetConfig) -> HNetConfig:
     """The same model with full chunk capacity, so that no boundary is ever demoted."""
-    stages = tuple(dataclasses.replace(stage, capacity=1.0) for stage in model.stages)
-    return dataclasses.replace(model, stages=stages)
+    return model.at_full_capacity()
 
 
 def enable_compilation_cache() -> None:

@@ -7,15 +7,12 @@ checkpoint and exits with 143, so that a launcher can tell a preempted run from 
 """
 import argparse
 import contextlib
-import json
-import logging
-import math
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -23,8 +20,8 @@ from jax.sharding import Mesh
 from experiments.checkpoints import Checkpoints
 from experiments.config import RunConfig
 from experiments.config_loading import config_to_json, load_config, split_overrides
-from experiments.data import BatchSource, Corpus, WindowSource, prefetch
-from experiments.errors import RunError, UsageError, run_command
+from experiments.data import BatchSource, Corpus, EvaluationSource, WindowSource, prefetch
+from experiments.errors import RunError, run_command
 from experiments.evaluate import held_out, make_evaluate
 from experiments.manifest import prepare_workdir, update_manifest, write_manifest
 from experiments.mesh import batch_sharding, make_mesh, put_batch, use_mesh
@@ -32,10 +29,11 @@ from experiments.metrics import MetricsWriter
 from experiments.progress import Progress
 from experiments.reference_lines import corpus_reference_lines
 from experiments.run import enable_compilation_cache, open_corpus
-from experiments.train_step import Program, TrainState, compile_program
+from experiments.start import start_or_resume
+from experiments.step_problems import step_problem
+from experiments.train_step import Program, TrainState, compile_program, weights
 
 SIGTERM_EXIT = 143  # 128 + SIGTERM, as a shell reports it
-logger = logging.getLogger(__name__)
 
 
 def main(argv: list[str]) -> int:
@@ -58,12 +56,13 @@ def train(config: RunConfig, workdir: Path) -> int:
     with use_mesh(mesh), _sigterm_noted() as stop:
         program = compile_program(config, mesh)
         checkpoints = Checkpoints(workdir / "checkpoints", keep=config.keep_checkpoints)
-        state, seconds = _start_or_resume(config, program, checkpoints, corpus)
+        data = _open_data(config, corpus)
+        state, seconds = start_or_resume(config, program, checkpoints, corpus)
         start = int(state.step)
         _describe_run(config, workdir, corpus, state)
         with MetricsWriter(workdir) as writer, Progress(config.num_steps, start) as progress:
             writer.truncate_after(start)
-            loop = Loop(config, mesh, program, checkpoints, corpus, writer, progress, stop, seconds)
+            loop = Loop(config, mesh, program, checkpoints, data, writer, progress, stop, seconds)
             state = loop.run(state, start)
         checkpoints.close()
     if int(state.step) < config.num_steps:
@@ -76,23 +75,35 @@ def train(config: RunConfig, workdir: Path) -> int:
     return 0
 
 
+class Data(NamedTuple):
+    corpus: Corpus
+    batches: BatchSource        # to train on, by step
+    held_out: EvaluationSource
+
+
+def _open_data(config: RunConfig, corpus: Corpus) -> Data:
+    data = config.data
+    windows = WindowSource(
+        corpus.split("train"), data.sequence_length, config.seed, loss_marker=data.loss_marker)
+    batches = BatchSource(
+        windows, data.batch_size, seed=config.seed,
+        process_index=jax.process_index(), process_count=jax.process_count())
+    return Data(corpus, batches, held_out(config, corpus))
+
+
 class Loop:
     """The training loop: step, read the step before, and now and then evaluate, save and print."""
 
     def __init__(
-        self, config: RunConfig, mesh: Mesh, program: Program, checkpoints: Checkpoints, corpus: Corpus,
+        self, config: RunConfig, mesh: Mesh, program: Program, checkpoints: Checkpoints, data: Data,
         writer: MetricsWriter, progress: Progress, stop: threading.Event, seconds: float,
     ) -> None:
         self.config, self.program, self.checkpoints = config, program, checkpoints
         self.writer, self.progress, self.stop = writer, progress, stop
-        windows = WindowSource(corpus.split("train"), config.data.sequence_length, config.seed)
-        self.batches = BatchSource(
-            windows, config.data.batch_size, seed=config.seed,
-            process_index=jax.process_index(), process_count=jax.process_count())
-        self.held_out = held_out(config, corpus)
+        self.batches, self.held_out = data.batches, data.held_out
         self.evaluate = make_evaluate(config, mesh)
         self.sharding = batch_sharding(mesh)
-        self.meta = {"config": config.to_config_dict().to_dict(), "corpus": corpus.fingerprint}
+        self.meta = {"config": config.to_config_dict().to_dict(), "corpus": data.corpus.fingerprint}
         self.seconds = seconds  # spent on steps since step 0, without evaluation and compilation
         self._interval: list[dict[str, float]] = []
         self._resumed_at = time.monotonic()
@@ -106,7 +117,7 @@ class Loop:
                 self.progress.message("compiling the train step ...")
             state, metrics = self.program.step(state, put_batch(next(batches), self.sharding))
             if step == start + 1:
-                bits = float(metrics["train/bits_per_byte"])  # waits for the step
+                bits = self._fetch(step, metrics)["train/bits_per_byte"]  # waits for the step
                 seconds = time.monotonic() - self._resumed_at
                 self.progress.message(f"compiled in {seconds:.0f} s; step {step}: {bits:.3f} bits per byte")
                 self._resumed_at = time.monotonic()
@@ -133,20 +144,22 @@ class Loop:
         return state
 
     def _read(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Fetches the metrics of a step, stops the run if they are not finite, and logs them in their turn."""
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        # The loss is that of the parameters before this step; what a checkpoint saves is what came out of it.
-        for name in ("train/loss_nats", "train/grad_norm", "train/param_norm"):
-            if not math.isfinite(values[name]):
-                self.checkpoints.wait()
-                good = self.checkpoints.latest_step()
-                raise RunError(
-                    f"{name} is {values[name]} at step {step}; the last good checkpoint is "
-                    f"{'none' if good is None else good}; lower config.optimizer.peak_lr "
-                    "or config.optimizer.max_grad_norm and start again from there")
+        """Logs the metrics of a step in their turn."""
+        values = self._fetch(step, metrics)
         self._interval.append(values)
         if step % self.config.log_every == 0 or step == self.config.num_steps:
             self._log(step, values)
+
+    def _fetch(self, step: int, metrics: dict[str, jax.Array]) -> dict[str, float]:
+        """Returns the metrics of a step; raises RunError if they forbid to go on."""
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        problem = step_problem(self.config, values)
+        if problem:
+            self.checkpoints.wait()
+            good = self.checkpoints.latest_step()
+            good = "there is no checkpoint" if good is None else f"the last good checkpoint is {good}"
+            raise RunError(f"step {step}: {problem}; {good}")
+        return values
 
     def _log(self, step: int, values: dict[str, float]) -> None:
         now = time.monotonic()
@@ -169,43 +182,11 @@ class Loop:
 
     def _evaluate(self, step: int, state: TrainState) -> None:
         batches = (self.held_out[index] for index in range(len(self.held_out)))
-        metrics = self.evaluate(state.params, batches)
+        metrics = self.evaluate(weights(state), batches)
         self.writer.write(step, metrics)
         self.progress.message(
             f"step {step}: {metrics['eval/bits_per_byte']:.3f} bits per byte "
             f"on {self.held_out.num_bytes:,} held-out bytes")
-
-
-def _start_or_resume(
-    config: RunConfig, program: Program, checkpoints: Checkpoints, corpus: Corpus
-) -> tuple[TrainState, float]:
-    """Returns the state to go on from, and the seconds that its steps have taken."""
-    restored = checkpoints.restore_latest(program.abstract_state)
-    if restored is None:
-        return program.init(jax.random.key(config.seed)), 0.0
-    if restored.step > config.num_steps:
-        raise UsageError(f"the run is at step {restored.step}, past config.num_steps {config.num_steps}; "
-                         "raise config.num_steps, or use another --workdir")
-    if restored.meta["corpus"] != corpus.fingerprint:
-        raise UsageError(
-            f"the corpus changed since checkpoint {restored.step}: it had {restored.meta['corpus']} and is now "
-            f"{corpus.fingerprint}; restore the files, change config.data.source, or use another --workdir")
-    changed = _differences(restored.meta["config"], json.loads(config_to_json(config.to_config_dict())))
-    if changed:
-        logger.warning("resuming with a changed config: %s", "; ".join(changed))
-    print(f"resuming at step {restored.step}", flush=True)
-    return restored.state, restored.meta["train_seconds"]
-
-
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "config") -> list[str]:
-    changed = []
-    for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            changed += _differences(before, after, f"{prefix}.{key}")
-        elif before != after:
-            changed.append(f"{prefix}.{key} was {before!r}, is {after!r}")
-    return changed
 
 
 def _describe_run(config: RunConfig, workdir: Path, corpus: Corpus, state: TrainState) -> None:

@@ -1,11 +1,15 @@
-"""Parameters of the official release: its names, and where each tensor goes in ours."""
+"""The official release's format: its parameter names, where each tensor goes in ours, and its config file."""
+import functools
+import json
 import math
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from hnet.config import HNetConfig, StageConfig
@@ -38,9 +42,12 @@ def relabelling(config: HNetConfig) -> tuple[Relabel, ...]:
             break
         for name, runs in (("encoder", stage.encoder_runs), ("decoder", stage.decoder_runs)):
             entries += _stack(stage, runs, f"{official}.{name}", (*path, name))
+        if stage.router == "learned":
+            entries += [
+                Relabel(f"{official}.routing_module.q_proj_layer.weight", (*path, "router", "query", "kernel")),
+                Relabel(f"{official}.routing_module.k_proj_layer.weight", (*path, "router", "key", "kernel")),
+            ]
         entries += [
-            Relabel(f"{official}.routing_module.q_proj_layer.weight", (*path, "router", "query", "kernel")),
-            Relabel(f"{official}.routing_module.k_proj_layer.weight", (*path, "router", "key", "kernel")),
             Relabel(f"{official}.residual_proj.weight", (*path, "residual_proj", "kernel")),
             Relabel(f"{official}.residual_proj.bias", (*path, "residual_proj", "bias")),
         ]
@@ -54,7 +61,8 @@ def load_official_params(state_dict: Mapping[str, Any], config: HNetConfig) -> d
     A linear relabelling (transpose, split, stack), so gradients under official names pass through it too.
 
     Args:
-      state_dict: official name -> numpy, jax or torch array. With tied embeddings `lm_head.weight` is not read.
+      state_dict: official name -> numpy, jax or torch array. Each is read once, so that a mapping may fetch them
+        from a file. With tied embeddings `lm_head.weight` is not read.
     Returns:
       Nested dict of float32 jax arrays (float64 stays float64 where jax has it enabled).
     Raises:
@@ -69,19 +77,89 @@ def load_official_params(state_dict: Mapping[str, Any], config: HNetConfig) -> d
             f"the state dict does not fit this config: {len(missing)} names missing {missing[:3]}, "
             f"{len(unknown)} unknown {unknown[:3]}; check arch_layout, d_model and tie_embeddings")
 
-    tensors = {name: _as_jax(state_dict[name]) for name in known}
-    shapes = flatten_dict(parameter_shapes(config))
-    flat: dict[tuple[str, ...], list[jax.Array] | jax.Array] = {}
+    shapes, wanted = _our_shapes(config), official_shapes(config)
+    pieces: dict[tuple[str, ...], list[jax.Array]] = {}
+    name, tensor = "", None
     for entry in entries:
-        stacked = entry.layer >= 0
-        shape = shapes[entry.path].shape[1:] if stacked else shapes[entry.path].shape
-        piece = _to_ours(tensors[entry.official], entry, shape)
-        if stacked:
-            flat.setdefault(entry.path, []).append(piece)
-        else:
-            flat[entry.path] = piece
-    return unflatten_dict({
-        path: jnp.stack(piece) if isinstance(piece, list) else piece for path, piece in flat.items()})
+        if entry.official != name:  # the parts of one tensor follow each other
+            name, tensor = entry.official, _as_jax(state_dict[entry.official])
+            if tensor.shape != wanted[name]:
+                raise ValueError(
+                    f"{name} has shape {tensor.shape}, and {wanted[name]} in this config; "
+                    "check d_model, d_intermediate, num_heads and ssm_cfg")
+        shape = shapes[entry.path]
+        pieces.setdefault(entry.path, []).append(_to_ours(tensor, entry, shape[1:] if entry.layer >= 0 else shape))
+    flat = {}
+    for path, shape in shapes.items():
+        found = pieces.pop(path)
+        flat[path] = jnp.stack(found) if len(shape) > found[0].ndim else found[0]
+    return unflatten_dict(flat)
+
+
+def to_official_params(params: Mapping[str, Any], config: HNetConfig) -> dict[str, np.ndarray]:
+    """The exact inverse of `load_official_params`; with tied embeddings the head is there too, as in the release.
+
+    Returns:
+      Official name -> numpy array in the dtype it came in, some of them views.
+    Raises:
+      ValueError: `config` is of a model that the release does not have.
+    """
+    _refuse_unofficial(config)
+    flat, parts = flatten_dict(params), {}
+    for entry in relabelling(config):
+        ours = np.asarray(flat[entry.path])
+        parts.setdefault(entry.official, []).append(
+            _to_theirs(ours[entry.layer] if entry.layer >= 0 else ours, entry))
+    official = {name: part[0] if len(part) == 1 else np.concatenate(part) for name, part in parts.items()}
+    if config.tie_embeddings:
+        official["lm_head.weight"] = official["embeddings.weight"]
+    return official
+
+
+def official_shapes(config: HNetConfig) -> dict[str, tuple[int, ...]]:
+    """Official name -> shape, for every tensor that `load_official_params` reads."""
+    ours, shapes = _our_shapes(config), {}
+    for entry in relabelling(config):
+        shape = ours[entry.path]
+        rows, *others = _official_shape(shape[1:] if entry.layer >= 0 else shape, entry)
+        shapes[entry.official] = (shapes.get(entry.official, (0,))[0] + rows, *others)
+    return shapes
+
+
+def to_official_json(config: HNetConfig) -> str:
+    """Writes the release's config file: the inverse of `HNetConfig.from_official_json`, but for how to compute.
+
+    The release has no words for capacity, overflow, dtype and the like, which change no parameter. Its chunk_size
+    of Mamba-2's scan changes no result either; it is always 256 here.
+
+    Raises:
+      ValueError: `config` is of a model that the release does not have.
+    """
+    _refuse_unofficial(config)
+    stages = config.stages
+    layout: list[Any] = [stages[-1].encoder]
+    for stage in reversed(stages[:-1]):
+        layout = [stage.encoder, layout, stage.decoder]
+
+    def each(field: str) -> list[int]:
+        return [getattr(stage, field) for stage in stages]
+
+    def shared(field: str) -> int | list[int]:
+        values = each(field)
+        return values[0] if len(set(values)) == 1 else values
+
+    return json.dumps({
+        "arch_layout": layout,
+        "d_model": each("width"),
+        "d_intermediate": [stage.feed_forward_width if _has_feed_forward(stage) else 0 for stage in stages],
+        "vocab_size": config.vocab_size,
+        "ssm_cfg": {
+            "chunk_size": 256, "d_conv": shared("ssm_conv_taps"), "d_state": shared("ssm_state_size"),
+            "expand": shared("ssm_expand")},
+        "attn_cfg": {
+            "num_heads": each("num_heads"), "rotary_emb_dim": each("rotary_width"), "window_size": each("window")},
+        "tie_embeddings": config.tie_embeddings,
+    }, indent=2)
 
 
 def parameter_shapes(config: HNetConfig) -> dict[str, Any]:
@@ -90,6 +168,12 @@ def parameter_shapes(config: HNetConfig) -> dict[str, Any]:
         return nn.unbox(HNetLM(config).init(jax.random.key(0), jnp.zeros((1, 8), jnp.int32)))["params"]
 
     return jax.eval_shape(init)
+
+
+@functools.cache
+def _our_shapes(config: HNetConfig) -> Mapping[tuple[str, ...], tuple[int, ...]]:
+    shapes = {path: shape.shape for path, shape in flatten_dict(parameter_shapes(config)).items()}
+    return MappingProxyType(shapes)  # shared by all callers
 
 
 def _stack(
@@ -134,19 +218,48 @@ def _mamba2(stage: StageConfig) -> tuple[tuple[str, tuple[str, ...], tuple[int, 
     )
 
 
+def _official_shape(shape: tuple[int, ...], entry: Relabel) -> tuple[int, ...]:
+    """The shape that a tensor of ours (one layer of it) has in the release, or that its rows of one have."""
+    if len(shape) == 1 or not entry.transpose:
+        return shape
+    # A matrix of ours splits either its inputs (`out`) or its outputs into heads, never both.
+    holder = entry.path[-2:][0]
+    split = len(shape) - 1 if holder == "out" else 1
+    ins, outs = math.prod(shape[:split]), math.prod(shape[split:])
+    return (outs, 1, ins) if holder.startswith("conv") else (outs, ins)  # depthwise: [channels, 1, taps]
+
+
 def _to_ours(tensor: jax.Array, entry: Relabel, shape: tuple[int, ...]) -> jax.Array:
     piece = tensor[slice(*entry.rows)]
-    if piece.ndim == 3:
-        piece = piece[:, 0]  # a depthwise kernel is [channels, 1, taps]
-    if entry.transpose:
-        piece = piece.T
-    # A matrix becomes ours by splitting either its inputs or its outputs into heads, never both.
-    keeps_an_end = piece.shape[:1] == shape[:1] or piece.shape[-1:] == shape[-1:]
-    if piece.size != math.prod(shape) or not keeps_an_end:
-        raise ValueError(
-            f"{entry.official} has shape {tuple(tensor.shape)}, which does not fit {'/'.join(entry.path)} "
-            f"of shape {shape} in this config; check d_model, d_intermediate, num_heads and ssm_cfg")
-    return piece.reshape(shape)
+    return (piece.T if entry.transpose else piece).reshape(shape)
+
+
+def _to_theirs(ours: np.ndarray, entry: Relabel) -> np.ndarray:
+    shape = _official_shape(ours.shape, entry)
+    return ours.reshape(shape[::-1]).T if entry.transpose else ours
+
+
+def _has_feed_forward(stage: StageConfig) -> bool:
+    return any(letter in "MT" for letter, _ in stage.encoder_runs + stage.decoder_runs)
+
+
+def _refuse_unofficial(config: HNetConfig) -> None:
+    """Raises ValueError for the first thing in `config` that is not in the release."""
+    for index, stage in enumerate(config.stages):
+        fixed = {"router": "learned", "downsampler": "first", "upsampler": "smooth"} if stage.decoder else {}
+        if any(letter in "mM" for letter, _ in stage.encoder_runs + stage.decoder_runs):
+            fixed["ssm_head_width"] = 64
+        for field, only in fixed.items():
+            if getattr(stage, field) != only:
+                raise ValueError(f"the official format has no word for stage{index}.{field} "
+                                 f"{getattr(stage, field)!r}: it is always {only!r} there")
+        # What it rounds up, it has no word for; and its smoothing kernel takes heads of 32.
+        multiples = {"feed_forward_width": 128} if _has_feed_forward(stage) else {}
+        multiples |= {"width": 32} if stage.decoder else {}
+        for field, multiple in multiples.items():
+            if getattr(stage, field) % multiple:
+                raise ValueError(f"the official format needs a stage{index}.{field} that is a multiple of "
+                                 f"{multiple}, not {getattr(stage, field)}")
 
 
 def _as_jax(value: Any) -> jax.Array:

@@ -181,10 +181,13 @@ class GivenRouter(nn.Module):
         self, x: Float[Array, "b t d"], segment_ids: Int[Array, "b t"], hints: RouterHints = NO_HINTS,
         state: GivenState | None = None,
     ) -> tuple[Float[Array, "b t"], GivenState]:
-        if hints.boundary_levels is None:
-            raise ValueError('the router "given" needs boundary_levels [b, t]: pass them with the tokens')
+        levels = hints.boundary_levels
+        if levels is None:
+            if not self.is_initializing():  # which is about parameters, and there are none
+                raise ValueError('the router "given" needs boundary_levels [b, t]: pass them with the tokens')
+            levels = jnp.zeros_like(segment_ids)
         before = state or self.empty_state(x.shape[0], x.shape[-1])
-        p = _certain((hints.boundary_levels > 0).astype(jnp.float32), segment_ids, before.has_seen)
+        p = _certain((levels > 0).astype(jnp.float32), segment_ids, before.has_seen)
         return p, GivenState(before.has_seen | _any_real(segment_ids))
 
     def empty_state(self, batch: int, width: int) -> GivenState:

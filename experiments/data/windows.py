@@ -9,7 +9,9 @@ A window or batch is a dict of
   tokens           int32 [..., T + 1]   bytes, or BOS where a document begins; 0 in padding
   segment_ids      int32 [..., T + 1]   1, 2, ... number the documents within the window; 0 is padding
   is_continuation  bool [...]           the window opens in the middle of a document
-A target is a byte of text where its segment id is not 0 and equals that of the position before it.
+  loss_mask        bool [..., T + 1]    bytes after the document's `loss_marker`; only where there is such a marker
+A target is a byte of text where its segment id is not 0 and equals that of the position before it, and where
+loss_mask, if there is one, is True.
 """
 import itertools
 from collections import deque
@@ -24,6 +26,7 @@ from experiments.errors import UsageError
 # The official H-Net release uses this value, which UTF-8 never does. A document that is not UTF-8 may contain
 # it as data; where documents begin is told by the segment ids.
 BOS = 254
+SEARCH_BYTES = 65_536  # of a document, read at once to look for the marker
 
 Batch = dict[str, np.ndarray]
 
@@ -31,8 +34,18 @@ Batch = dict[str, np.ndarray]
 class WindowSource:
     """All windows of a split, for random access."""
 
-    def __init__(self, split: DocumentSplit, sequence_length: int, seed: int) -> None:
-        """Lays the documents out in an order drawn from `seed`; `sequence_length` is T, at least 1."""
+    def __init__(
+        self, split: DocumentSplit, sequence_length: int, seed: int, *, loss_marker: bytes = b""
+    ) -> None:
+        """Lays the documents out in an order drawn from `seed`.
+
+        Args:
+          sequence_length: T, at least 1.
+          loss_marker: the targets of a document are the bytes after its first occurrence there, none if there is
+            none; b"" = all its bytes are.
+        Raises:
+          UsageError: no document has the marker.
+        """
         if sequence_length < 1:
             raise UsageError(f"windows of {sequence_length} bytes hold no prediction; "
                              "config.data.sequence_length must be at least 1")
@@ -43,6 +56,13 @@ class WindowSource:
         lengths = split.lengths[self._order] + 1  # with BOS
         self._starts = np.cumsum(lengths) - lengths  # stream position of each BOS
         self._stream_length = int(lengths.sum())
+        self._marker = loss_marker
+        self._target_starts = np.full(len(lengths), -1, np.int64)  # byte of each document; -1: not looked for yet
+        has_targets = (self._target_start(document) < split.lengths[document] for document in self._order)
+        if loss_marker and not any(has_targets):
+            marker = loss_marker.decode(errors="backslashreplace")
+            raise UsageError(f"config.data.loss_after {marker!r} has text after it in none of the {len(lengths)} "
+                             "documents of a split; change it, or config.data.source")
 
     def __len__(self) -> int:
         return -(-(self._stream_length - 1) // self.sequence_length)
@@ -50,22 +70,34 @@ class WindowSource:
     def __getitem__(self, index: int) -> Batch:
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
-        window = _empty_window(self.sequence_length)
+        window = self.empty_window()
         start = int(index) * self.sequence_length
         stop = min(start + self.sequence_length + 1, self._stream_length)
         first = int(np.searchsorted(self._starts, start, side="right")) - 1
         window["is_continuation"][...] = self._starts[first] < start
         position = start
-        for segment in itertools.count(1):
-            piece = self._read(first + segment - 1, position, stop)
+        for rank in itertools.count(first):
+            piece = self._read(rank, position, stop)
             here = slice(position - start, position - start + len(piece))
-            window["tokens"][here], window["segment_ids"][here] = piece, segment
+            window["tokens"][here], window["segment_ids"][here] = piece, rank - first + 1
+            if self._marker:
+                target_start = self._starts[rank] + 1 + self._target_start(self._order[rank])
+                window["loss_mask"][here] = np.arange(position, position + len(piece)) >= target_start
             position += len(piece)
             if position == stop:
                 return window
 
+    def empty_window(self) -> Batch:
+        """A window of padding."""
+        size = self.sequence_length + 1
+        window = {"tokens": np.zeros(size, np.int32), "segment_ids": np.zeros(size, np.int32),
+                  "is_continuation": np.zeros((), bool)}
+        return window | {"loss_mask": np.zeros(size, bool)} if self._marker else window
+
     def num_bytes(self, windows: np.ndarray) -> np.ndarray:
         """Counts the bytes of text, BOS left out, that each of these windows predicts: int64 [n]."""
+        if self._marker:
+            return np.array([np.count_nonzero(self[window]["loss_mask"][1:]) for window in windows], np.int64)
         first = windows * self.sequence_length + 1
         end = np.minimum(first + self.sequence_length, self._stream_length)
         return end - first - (np.searchsorted(self._starts, end) - np.searchsorted(self._starts, first))
@@ -77,6 +109,21 @@ class WindowSource:
         if start > bos:
             return self._split.read(document, start - bos - 1, stop)
         return np.concatenate([np.array([BOS], np.uint8), self._split.read(document, 0, stop)])
+
+    def _target_start(self, document: int) -> int:
+        """Returns the byte of a document that follows the first marker; its length if there is none."""
+        if self._target_starts[document] < 0:
+            self._target_starts[document] = self._find_target_start(document)
+        return int(self._target_starts[document])
+
+    def _find_target_start(self, document: int) -> int:
+        length, size = int(self._split.lengths[document]), len(self._marker)
+        for start in range(0, length, SEARCH_BYTES):  # pieces overlap, or a marker across their border were missed
+            stop = min(start + SEARCH_BYTES + size - 1, length)
+            found = self._split.read(document, start, stop).tobytes().find(self._marker)
+            if found >= 0:
+                return start + found + size
+        return length
 
 
 class BatchSource:
@@ -126,8 +173,12 @@ class EvaluationSource:
     ) -> None:
         """Chooses windows until they predict `num_bytes` bytes of text, or all if the split has fewer."""
         shuffled = np.random.RandomState(0).permutation(len(windows))
-        predicted = np.cumsum(windows.num_bytes(shuffled))
-        num_windows = min(int(np.searchsorted(predicted, num_bytes)) + 1, len(shuffled))
+        predicted = np.zeros(0, np.int64)
+        while predicted.sum() < num_bytes and len(predicted) < len(shuffled):  # counting may mean reading
+            more = shuffled[len(predicted) : 2 * len(predicted) + 64]
+            predicted = np.concatenate([predicted, windows.num_bytes(more)])
+        predicted = np.cumsum(predicted)
+        num_windows = min(int(np.searchsorted(predicted, num_bytes)) + 1, len(predicted))
         self.num_bytes = int(predicted[num_windows - 1])  # what the batches of all processes predict
         self._chosen = shuffled[:num_windows]
         self._rows = _rows_of_process(batch_size, process_index, process_count)
@@ -142,7 +193,7 @@ class EvaluationSource:
             raise IndexError(f"evaluation batch {index} of {len(self)}")
         numbers = range(index * self._batch_size, len(self._chosen))
         chosen = [self._chosen[numbers[row]] for row in self._rows if row < len(numbers)]
-        padding = [_empty_window(self._windows.sequence_length)] * (len(self._rows) - len(chosen))
+        padding = [self._windows.empty_window()] * (len(self._rows) - len(chosen))
         return _stack([self._windows[window] for window in chosen] + padding)
 
 
@@ -160,14 +211,6 @@ def prefetch(batches: BatchSource, start_step: int, depth: int = 2) -> Iterator[
             yield batch
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _empty_window(sequence_length: int) -> Batch:
-    return {
-        "tokens": np.zeros(sequence_length + 1, np.int32),
-        "segment_ids": np.zeros(sequence_length + 1, np.int32),
-        "is_continuation": np.zeros((), bool),
-    }
 
 
 def _stack(windows: list[Batch]) -> Batch:

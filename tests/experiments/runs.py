@@ -111,8 +111,10 @@ def config_of(path: Path, *overrides: str) -> RunConfig:
 
 
 def batches_of(config: RunConfig) -> BatchSource:
-    windows = WindowSource(open_corpus(config.data).split("train"), config.data.sequence_length, config.seed)
-    return BatchSource(windows, config.data.batch_size, seed=config.seed)
+    data = config.data
+    split = open_corpus(data).split("train")
+    windows = WindowSource(split, data.sequence_length, config.seed, loss_marker=data.loss_marker)
+    return BatchSource(windows, data.batch_size, seed=config.seed)
 
 
 def train_here(config: RunConfig, mesh: Mesh) -> tuple[TrainState, list[dict[str, float]]]:

@@ -239,7 +239,7 @@ def test_a_step_that_breaks_the_parameters_stops_the_run_and_is_never_saved(conf
     """The loss of that step is still finite: it is the loss before the update."""
     arguments = [f"--config={configs / 'isotropic.py'}", f"--workdir={tmp_path}", "--config.report=false"]
     train.main([*arguments, "--config.num_steps=4", "--config.checkpoint_every=2"])
-    with pytest.raises(RunError, match=r"param_norm is (inf|nan) at step 5; the last good checkpoint is 4; "):
+    with pytest.raises(RunError, match=r"step 5: .*param_norm is (inf|nan); .*the last good checkpoint is 4$"):
         train.main([*arguments, "--config.num_steps=8", "--config.checkpoint_every=1",
                     "--config.optimizer.peak_lr=1e39"])
     assert saved_steps(tmp_path) == [2, 4]

@@ -189,6 +189,56 @@ def test_windows_without_predictions_are_refused():
         WindowSource(_split(), 0, seed=0)
 
 
+# Bytes to predict, where a marker in the documents says which
+
+
+MARKED = [b"Q: 1+1 A: 2", b"none", b"Q A: first A: second", b" A:", b"A: a document of some length " * 3, b"A"]
+
+
+def _masked_bytes(window: dict[str, np.ndarray]) -> bytes:
+    segments = window["segment_ids"]
+    is_target = (segments[1:] > 0) & (segments[1:] == segments[:-1]) & window["loss_mask"][1:]
+    assert window["loss_mask"].dtype == bool
+    return window["tokens"][1:][is_target].astype(np.uint8).tobytes()
+
+
+@pytest.mark.parametrize("search_bytes", [1, 2, 5, 65_536])
+@pytest.mark.parametrize("sequence_length", [1, 3, 7, 1000])
+def test_what_follows_the_first_marker_is_predicted_once_wherever_windows_begin(
+    sequence_length, search_bytes, monkeypatch
+):
+    monkeypatch.setattr("experiments.data.windows.SEARCH_BYTES", search_bytes)
+    windows = WindowSource(_split(MARKED), sequence_length, seed=0, loss_marker=b"A:")
+    order = np.random.RandomState(0).permutation(len(MARKED))
+    expected = b"".join(MARKED[document].partition(b"A:")[2] for document in order)
+    found = [_masked_bytes(windows[index]) for index in range(len(windows))]
+    assert b"".join(found) == expected
+    assert windows.num_bytes(np.arange(len(windows))).tolist() == list(map(len, found))
+    alone = WindowSource(_split(MARKED), sequence_length, seed=0, loss_marker=b"A:")
+    for index in reversed(range(len(windows))):  # no window depends on those read before
+        _assert_equal(alone[index], windows[index])
+
+
+def test_evaluation_counts_bytes_to_predict_and_masks_its_padding():
+    windows = WindowSource(_split(MARKED), 7, seed=0, loss_marker=b"A:")
+    total = sum(len(document.partition(b"A:")[2]) for document in MARKED)
+    evaluation = EvaluationSource(windows, 8, num_bytes=10**9)
+    assert evaluation.num_bytes == total == sum(
+        len(_masked_bytes({key: batch[key][row] for key in batch})) for batch in evaluation for row in range(8))
+    some = EvaluationSource(windows, 8, num_bytes=20)
+    assert 20 <= some.num_bytes < 27
+
+
+def test_without_a_marker_there_is_no_mask():
+    assert "loss_mask" not in WindowSource(_split(), 7, seed=0)[0]
+
+
+@pytest.mark.parametrize("marker", [b"nowhere", b"second"])
+def test_a_marker_with_nothing_after_it_is_refused(marker):
+    with pytest.raises(UsageError, match=rf"loss_after '{marker.decode()}' has text after it in none of the 6 "):
+        WindowSource(_split(MARKED), 7, seed=0, loss_marker=marker)
+
+
 def test_prefetch_reads_ahead_and_no_further():
     read, third = [], threading.Event()
 

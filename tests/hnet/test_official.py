@@ -1,5 +1,6 @@
-"""Loading parameters under official names: every shape of model, and what is refused."""
+"""Parameters under official names, read and written, and config files: every shape of model, what is refused."""
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -7,50 +8,40 @@ import numpy as np
 import pytest
 
 from hnet import HNetConfig, HNetLM, StageConfig, load_official_params, parameter_shapes
-from hnet.official import relabelling
+from hnet.official import official_shapes, to_official_json, to_official_params
 from tests.assertions import golden
 
-OUTER = dict(num_heads=2, rotary_width=8, ssm_state_size=8, ssm_head_width=16, feed_forward_width=128)
+OUTER = dict(num_heads=2, rotary_width=8, ssm_state_size=8, feed_forward_width=128)
 ATTENTION_OUTSIDE = HNetConfig(vocab_size=50, stages=(
-    StageConfig(width=16, encoder="T1m1", decoder="t2", **OUTER),
-    StageConfig(width=16, encoder="M2", decoder="", **OUTER)))
-ISOTROPIC = HNetConfig(vocab_size=50, stages=(StageConfig(width=16, encoder="T2m1", decoder="", **OUTER),))
+    StageConfig(width=32, encoder="T1m1", decoder="t2", **OUTER),
+    StageConfig(width=32, encoder="M2", decoder="", **OUTER)))
+ISOTROPIC = HNetConfig(vocab_size=50, stages=(StageConfig(width=32, encoder="T2m1", decoder="", **OUTER),))
 PAD_ONLY_INSIDE = HNetConfig(vocab_size=50, stages=(
-    StageConfig(width=16, encoder="m1", decoder="m1", **OUTER),
-    StageConfig(width=16, encoder="m1", decoder="m1", **OUTER),
-    StageConfig(width=32, encoder="T1", decoder="", **OUTER)))
+    StageConfig(width=32, encoder="m1", decoder="m1", **{**OUTER, "feed_forward_width": 0}),
+    StageConfig(width=32, encoder="m1", decoder="m1", **{**OUTER, "feed_forward_width": 0}),
+    StageConfig(width=64, encoder="T1", decoder="", **OUTER)))
 TIED = dataclasses.replace(ATTENTION_OUTSIDE, tie_embeddings=True)
 CONFIGS = {"attention outside": ATTENTION_OUTSIDE, "isotropic": ISOTROPIC, "pad inside": PAD_ONLY_INSIDE,
            "tied": TIED}
+GOLDEN_MODELS = pytest.mark.parametrize("name", ["hnet_a_1stage", "hnet_b_2stage"])
 
 
 def _official(config, draw):
     """A state dict with the official names and shapes of `config`, filled by draw(shape)."""
-    widths = [stage.width for stage in config.stages]
-    state = {}
-    for entry in relabelling(config):
-        name = entry.official
-        width = widths[min(name.count("main_network"), len(widths) - 1)]
-        inner = 2 * width
-        shape = {
-            "embeddings.weight": (50, 16), "lm_head.weight": (50, 16),
-            "in_proj.weight": (2 * inner + 16 + inner // 16, width),
-            "conv1d.weight": (inner + 16, 1, 4), "conv1d.bias": (inner + 16,), "dt_bias": (inner // 16,),
-            "A_log": (inner // 16,), "D": (inner // 16,), "Wqkv.weight": (3 * width, width),
-            "fc1.weight": (256, width), "fc2.weight": (width, 128), "residual_proj.weight": (width, width),
-            "q_proj_layer.weight": (width, width), "k_proj_layer.weight": (width, width),
-        }
-        suffix = next((s for s in shape if name.endswith(s)), None)
-        if name.endswith("mixer.out_proj.weight"):
-            is_ssm = name.replace("out_proj.weight", "A_log") in {e.official for e in relabelling(config)}
-            state[name] = draw((width, inner if is_ssm else width))
-        elif name.endswith("mixer.norm.weight"):
-            state[name] = draw((inner,))
-        elif name.endswith("pad_dimension"):
-            state[name] = draw((width - widths[name.count("main_network") - 1],))
-        else:
-            state[name] = draw(shape[suffix] if suffix else (width,))
-    return state
+    return {name: draw(shape) for name, shape in official_shapes(config).items()}
+
+
+def _golden_model(name):
+    data = golden(name)
+    state = {key.removeprefix("param/"): value for key, value in data.items() if key.startswith("param/")}
+    return str(data["config_json"]), state
+
+
+@GOLDEN_MODELS
+def test_official_shapes_are_those_of_the_release(name):
+    text, state = _golden_model(name)
+    shapes = official_shapes(HNetConfig.from_official_json(text))
+    assert shapes == {name: value.shape for name, value in state.items()}
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -73,7 +64,7 @@ def test_a_tied_head_is_the_embedding_and_lm_head_is_not_read():
     rng = np.random.default_rng(0)
     state = _official(TIED, lambda shape: rng.standard_normal(shape).astype(np.float32) / 4)
     assert "lm_head.weight" not in state
-    params = load_official_params(state | {"lm_head.weight": np.zeros((50, 16))}, TIED)
+    params = load_official_params(state | {"lm_head.weight": np.zeros((50, 32))}, TIED)
     assert "lm_head" not in params
     tokens = jnp.arange(12).reshape(2, 6)
     untied = load_official_params(state | {"lm_head.weight": state["embeddings.weight"]}, ATTENTION_OUTSIDE)
@@ -120,9 +111,8 @@ class FakeTorchTensor:
 
 
 def test_reads_torch_tensors():
-    data = golden("hnet_a_1stage")
-    config = HNetConfig.from_official_json(str(data["config_json"]))
-    state = {key.removeprefix("param/"): value for key, value in data.items() if key.startswith("param/")}
+    text, state = _golden_model("hnet_a_1stage")
+    config = HNetConfig.from_official_json(text)
     torch_state = {name: FakeTorchTensor(value, 2) for name, value in state.items()}
     jax.tree.map(np.testing.assert_array_equal, load_official_params(torch_state, config),
                  load_official_params(state, config))
@@ -136,5 +126,95 @@ def test_names_and_shapes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"1 unknown \['extra'\]"):
         load_official_params(state | {"extra": np.zeros(3)}, ATTENTION_OUTSIDE)
     name = "backbone.encoder.layers.0.mixer.Wqkv.weight"
-    with pytest.raises(ValueError, match=r"Wqkv\.weight has shape .*check d_model"):
+    with pytest.raises(ValueError, match=r"Wqkv\.weight has shape \(48, 12\), and \(96, 32\) in this config"):
         load_official_params(state | {name: np.zeros((48, 12))}, ATTENTION_OUTSIDE)
+
+
+@GOLDEN_MODELS
+def test_a_released_model_comes_back_bit_for_bit(name):
+    text, state = _golden_model(name)
+    config = HNetConfig.from_official_json(text)
+    back = to_official_params(load_official_params(state, config), config)
+    assert back.keys() == state.keys()
+    for tensor in state:
+        np.testing.assert_array_equal(back[tensor], state[tensor], strict=True)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_parameters_go_to_official_names_and_back_bit_for_bit(name):
+    config, rng = CONFIGS[name], np.random.default_rng(0)
+    state = _official(config, lambda shape: rng.standard_normal(shape).astype(np.float32))
+    params = load_official_params(state, config)
+    back = to_official_params(params, config)
+    head = {"lm_head.weight": state["embeddings.weight"]} if config.tie_embeddings else {}
+    assert back.keys() == (state | head).keys()
+    for tensor, value in (state | head).items():
+        np.testing.assert_array_equal(back[tensor], value, strict=True)
+    jax.tree.map(np.testing.assert_array_equal, load_official_params(back, config), params)
+
+
+def test_each_tensor_is_fetched_once():
+    """So that a mapping may read them from a file, one at a time."""
+    fetched = []
+
+    class Counting(dict):
+        def __getitem__(self, name):
+            fetched.append(name)
+            return super().__getitem__(name)
+
+    load_official_params(Counting(_official(PAD_ONLY_INSIDE, np.zeros)), PAD_ONLY_INSIDE)
+    assert sorted(fetched) == sorted(official_shapes(PAD_ONLY_INSIDE))
+
+
+@GOLDEN_MODELS
+def test_the_config_file_of_a_released_model_comes_back(name):
+    text, _ = _golden_model(name)
+    config = HNetConfig.from_official_json(text)
+    written = json.loads(to_official_json(config))
+    official = json.loads(text)
+    official["d_intermediate"] = [-(-width // 128) * 128 for width in official["d_intermediate"]]
+    official["ssm_cfg"]["chunk_size"] = 256  # changes no result
+    assert written == official
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_config_files_round_trip(name):
+    assert HNetConfig.from_official_json(to_official_json(CONFIGS[name])) == CONFIGS[name]
+
+
+def test_what_differs_between_stages_is_written_as_a_list():
+    stages = list(PAD_ONLY_INSIDE.stages)
+    stages[1] = dataclasses.replace(stages[1], ssm_state_size=16, ssm_expand=4)
+    config = dataclasses.replace(PAD_ONLY_INSIDE, stages=tuple(stages))
+    assert json.loads(to_official_json(config))["ssm_cfg"] == {
+        "chunk_size": 256, "d_conv": 4, "d_state": [8, 16, 8], "expand": [2, 4, 2]}
+    assert HNetConfig.from_official_json(to_official_json(config)) == config
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    (dict(router="stride"), "has no word for stage0.router 'stride': it is always 'learned' there"),
+    (dict(downsampler="mean"), "has no word for stage0.downsampler 'mean': it is always 'first' there"),
+    (dict(upsampler="none"), "has no word for stage0.upsampler 'none': it is always 'smooth' there"),
+    (dict(ssm_head_width=16), "has no word for stage0.ssm_head_width 16: it is always 64 there"),
+    (dict(feed_forward_width=100), "needs a stage0.feed_forward_width that is a multiple of 128, not 100"),
+    (dict(width=16, ssm_expand=4), "needs a stage0.width that is a multiple of 32, not 16"),
+])
+def test_models_that_the_release_does_not_have_are_refused(fields, message):
+    outer, inner = ATTENTION_OUTSIDE.stages
+    config = dataclasses.replace(ATTENTION_OUTSIDE, stages=(dataclasses.replace(outer, **fields), inner))
+    for write in (to_official_json, lambda config: to_official_params({}, config)):
+        with pytest.raises(ValueError) as refusal:
+            write(config)
+        assert message in str(refusal.value)
+
+
+def test_routers_without_parameters_ask_for_none_and_what_only_computes_differently_is_left_out():
+    outer, inner = ATTENTION_OUTSIDE.stages
+    config = dataclasses.replace(
+        ATTENTION_OUTSIDE, stages=(dataclasses.replace(outer, router="stride"), inner))
+    state = _official(config, np.zeros)
+    assert not [name for name in state if "routing_module" in name]
+    params = load_official_params(state, config)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda s: s.shape, parameter_shapes(config))
+    faster = dataclasses.replace(ATTENTION_OUTSIDE, dtype="bfloat16").with_stages(capacity=0.5, remat="block")
+    assert to_official_json(faster) == to_official_json(ATTENTION_OUTSIDE)

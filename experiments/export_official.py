@@ -1,0 +1,90 @@
+"""Writes the weights of a run under the official release's names, and beside them its config file.
+
+  python -m experiments.export_official --workdir=runs/x x.safetensors [--dtype=bfloat16]
+
+The name says what kind of file it is: .pt (which needs torch), .safetensors or .npz. x.json describes the model.
+"""
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.config_loading import split_overrides
+from experiments.errors import UsageError, run_command
+from experiments.import_official import import_package
+from experiments.run import open_run
+from hnet import HNetConfig
+from hnet.official import to_official_json, to_official_params
+
+Write = Callable[[Path, dict[str, np.ndarray]], None]
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.export_official", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", required=True, help="a run that saved a checkpoint")
+    parser.add_argument("--step", type=int, help="the checkpoint to export; the newest by default")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("out", help="a .pt, .safetensors or .npz file to make")
+    arguments = parser.parse_args(split_overrides(argv)[0])
+    out = Path(arguments.out)
+    write = _writer(out, arguments.dtype)
+    run = open_run(parser, argv)
+    export_official(run.params, run.config.model, out, write, arguments.dtype)
+    print(f"step {run.step} of {run.workdir}: {out} ({out.stat().st_size / 1e6:,.1f} MB of {arguments.dtype}) "
+          f"and {out.with_suffix('.json')}")
+
+
+def export_official(params: Any, model: HNetConfig, out: Path, write: Write, dtype: str) -> None:
+    """Writes `out` and its .json.
+
+    Raises:
+      UsageError: the release has no such model.
+    """
+    try:
+        text = to_official_json(model)
+        tensors = to_official_params(params, model)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    # Contiguous: safetensors would write the memory of a transposed array as it lies there.
+    tensors = {name: np.ascontiguousarray(value, jnp.dtype(dtype)) for name, value in tensors.items()}
+    write(out, tensors)
+    out.with_suffix(".json").write_text(text + "\n")
+
+
+def _writer(out: Path, dtype: str) -> Write:
+    """Returns what writes files of this kind, after all that could be wrong with the name was looked at."""
+    for path in (out, out.with_suffix(".json")):
+        if path.exists():
+            raise UsageError(f"{path} is there already; name another file")
+    if not out.absolute().parent.is_dir():
+        raise UsageError(f"{out}: there is no directory {out.absolute().parent}; make it first")
+    if out.suffix == ".pt":
+        return partial(_write_torch, import_package("torch", out))
+    if out.suffix == ".safetensors":
+        save_file = import_package("safetensors.numpy", out).save_file
+        return lambda path, tensors: save_file(tensors, path)
+    if out.suffix != ".npz":
+        raise UsageError(f"{out}: weights are written to .pt, .safetensors or .npz files, not to {out.suffix!r}")
+    if dtype != "float32":
+        raise UsageError(f"--dtype={dtype}: .npz files have no {dtype}; use float32, or name a .safetensors file")
+    return lambda path, tensors: np.savez(path, **tensors)
+
+
+def _write_torch(torch: ModuleType, path: Path, tensors: dict[str, np.ndarray]) -> None:
+    def tensor(value: np.ndarray):
+        if value.dtype == jnp.bfloat16:  # which torch knows, but not as numpy's
+            return torch.from_numpy(value.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(value)
+
+    torch.save({name: tensor(value) for name, value in tensors.items()}, path)
+
+
+if __name__ == "__main__":
+    run_command(main)

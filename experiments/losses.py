@@ -1,0 +1,81 @@
+"""What training minimises: the surprise of the next byte, and per stage the distance from its compression."""
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from experiments.config import RunConfig
+from hnet import HNetLM, HNetOutput
+
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+COUNTS = ("/boundaries", "/overflow_boundaries", "/overflow_rows")  # metrics of a stage that are no averages
+
+
+def target_mask(batch: Batch) -> jax.Array:
+    """[b, t]: True where the next of t + 1 tokens is a byte of the same document, and one to be predicted."""
+    segment_ids = batch["segment_ids"]
+    mask = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] != 0)
+    return mask & batch["loss_mask"][:, 1:] if "loss_mask" in batch else mask
+
+
+def next_byte_nats(logits: jax.Array, batch: Batch) -> jax.Array:
+    """The sum of -log p over all bytes to predict; `batch` holds t + 1 tokens a row for logits of the first t."""
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch["tokens"][:, 1:])
+    return jnp.sum(jnp.where(target_mask(batch), nats, 0))
+
+
+def apply_model(model: HNetLM, params: Any, batch: Batch) -> HNetOutput:
+    return model.apply({"params": params}, batch["tokens"][:, :-1], batch["segment_ids"][:, :-1])
+
+
+def tokens_per_chunk(config: RunConfig, step: jax.Array) -> jax.Array:
+    """What the ratio loss of each stage that chunks aims at in a step: [stages - 1] float32.
+
+    From low to high compression, where a schedule is set: linear in the steps (after arXiv 2605.30080).
+    """
+    target = jnp.array(config.tokens_per_chunk, jnp.float32)
+    if not config.tokens_per_chunk_start:
+        return target
+    start = jnp.array(config.tokens_per_chunk_start, jnp.float32)
+    progress = jnp.minimum(step.astype(jnp.float32) / config.tokens_per_chunk_ramp_steps, 1)
+    return start + (target - start) * progress
+
+
+def loss_fn(
+    params: Any, batch: Batch, num_targets: jax.Array, targets_per_stage: jax.Array, *,
+    model: HNetLM, config: RunConfig, num_groups: int = 1,
+) -> tuple[jax.Array, Metrics]:
+    """Cross entropy per target byte of the whole batch, plus the weighted ratio losses of this part of it.
+
+    Args:
+      targets_per_stage: `tokens_per_chunk` of this step.
+      num_groups: of the rows, for the statistics of the ratio losses; see `layers.ratio_loss`.
+    """
+    output = apply_model(model, params, batch)
+    metrics = stage_metrics(output)
+    share = 1 / config.optimizer.accumulation_steps
+    cross_entropy = next_byte_nats(output.logits, batch) / jnp.maximum(num_targets, 1)
+    loss = cross_entropy
+    for index, stage in enumerate(output.stages.values()):
+        target = targets_per_stage[index]
+        ratio_loss = stage.ratio_loss(target, objective=config.ratio_objective, num_groups=num_groups)
+        metrics |= {f"stage{index}/ratio_loss": ratio_loss, f"stage{index}/target_tokens_per_chunk": target}
+        loss += config.ratio_loss_weight * share * ratio_loss
+    # Of the parts of a batch, counts add up and all else is averaged.
+    metrics = {name: value if name.endswith(COUNTS) else value * share for name, value in metrics.items()}
+    return loss, metrics | {"train/loss_nats": loss, "train/bits_per_byte": cross_entropy / math.log(2)}
+
+
+def stage_metrics(output: HNetOutput) -> Metrics:
+    """Per stage: boundary statistics, and bytes per chunk of that stage."""
+    metrics = {}
+    for name, stage in output.stages.items():
+        of_stage = stage.metrics()
+        num_bytes = jnp.sum(output.stages["stage0"].mask, dtype=jnp.float32)
+        num_chunks = of_stage["boundaries"] - of_stage["overflow_boundaries"]
+        of_stage["bytes_per_chunk"] = num_bytes / jnp.maximum(num_chunks, 1)
+        metrics |= {f"{name}/{key}": value for key, value in of_stage.items()}
+    return metrics
