@@ -1,25 +1,22 @@
-"""Continues a prompt, byte by byte.
+"""Continues prompts, byte by byte: each is read once, and every byte after it costs one step.
 
   python -m experiments.generate --workdir=runs/quickstart --prompt "def " [--length=200] [--temperature=0.7]
+  python -m experiments.generate --workdir=runs/quickstart --prompt_file=notes.txt --top_p=0.9 --samples=4
 
-Every byte recomputes the last window of text, as long as the windows of training.
+Text streams as it comes if there is one sample; several are written one after the other.
 """
 import argparse
-import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 from experiments.config import RunConfig
-from experiments.data import BOS
 from experiments.errors import UsageError, run_command
-from experiments.run import evaluation_config, open_run
-from hnet import HNetLM
+from experiments.run import open_run
+from hnet import BOS, HNetLM, Sampling
+from hnet import generate as generate_tokens
 
 
 def main(argv: list[str]) -> None:
@@ -29,50 +26,66 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--workdir", required=True, help="a run that saved a checkpoint")
     parser.add_argument("--step", type=int, help="the checkpoint to use; the newest by default")
     parser.add_argument("--prompt", default="", help="text to continue; empty starts a new document")
+    parser.add_argument("--prompt_file", type=Path, help="a file whose content is the prompt, of any length")
     parser.add_argument("--length", type=int, default=200, help="bytes to add")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 = always the most probable byte")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--top_k", type=int, default=0, help="draw from the k most probable bytes; 0 = all")
+    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the fewest bytes that reach p")
+    parser.add_argument("--min_p", type=float, default=0.0, help="leave out bytes below this, over the first")
+    parser.add_argument("--samples", type=int, default=1, help="continuations, all in one batch")
+    parser.add_argument("--seed", type=int, default=0, help="of the first sample; the next has the next seed")
     run = open_run(parser, argv)
     arguments, _ = parser.parse_known_args(argv)
-    if arguments.length < 0 or not arguments.temperature >= 0:  # NaN is neither
-        raise UsageError(
-            f"--length {arguments.length} and --temperature {arguments.temperature} must not be negative")
-    prompt = os.fsencode(arguments.prompt)
+    prompt, sampling = _check(arguments)
+    rows = generate_bytes(run.config, run.params, [prompt] * arguments.samples, length=arguments.length,
+                          sampling=sampling, seed=arguments.seed)
     # Bytes as they are: a character may begin in the prompt and end in the continuation, or be none at all.
-    sys.stdout.buffer.write(prompt)
-    for byte in generate(run.config, run.params, prompt, length=arguments.length,
-                         temperature=arguments.temperature, seed=arguments.seed):
-        sys.stdout.buffer.write(bytes([byte]))
-        sys.stdout.buffer.flush()
-    print()
+    out = sys.stdout.buffer
+    if arguments.samples == 1:
+        out.write(prompt)
+        for (byte,) in rows:
+            out.write(bytes([byte]))
+            out.flush()
+        out.write(b"\n")
+    else:
+        for number, row in enumerate(zip(*rows, strict=True)):
+            out.write(b"--- seed %d\n" % (arguments.seed + number) + prompt + bytes(row) + b"\n")
+    out.flush()
+    window, total = run.config.data.sequence_length, 1 + len(prompt) + arguments.length
+    if total > window:
+        print(f"note: {total} bytes with the prompt; the model was trained on windows of {window}",
+              file=sys.stderr)
 
 
-def generate(
-    config: RunConfig, params: Any, prompt: bytes, *, length: int, temperature: float, seed: int = 0
-) -> Iterator[int]:
-    """Yields `length` bytes sampled after `prompt`. Compiles once per model, whatever the prompt."""
-    size = config.data.sequence_length
-    sample = _make_sampler(HNetLM(evaluation_config(config.model)))
-    text = [BOS, *prompt]
-    for key in jax.random.split(jax.random.key(seed), length):
-        window = text[-size:]
-        tokens = np.zeros((1, size), np.int32)
-        tokens[0, : len(window)] = window
-        byte = int(sample(params, tokens, len(window), jnp.float32(temperature), key))
-        text.append(byte)
-        yield byte
+def generate_bytes(
+    config: RunConfig, params: Any, prompts: Sequence[bytes], *, length: int, sampling: Sampling, seed: int = 0
+) -> Iterator[list[int]]:
+    """Yields, `length` times, one byte per prompt. No boundary is ever demoted, whatever the run trains with."""
+    model = HNetLM(config.model.at_full_capacity())
+    tokens = [[BOS, *prompt] for prompt in prompts]
+    seeds = range(seed, seed + len(prompts))
+    for drawn in generate_tokens(model, params, tokens, num_tokens=length, sampling=sampling, seeds=seeds,
+                                 num_allowed=256):
+        yield drawn.tolist()
 
 
-@functools.cache
-def _make_sampler(model: HNetLM):
-    @jax.jit
-    def sample(params, tokens, count, temperature, key):
-        segment_ids = (jnp.arange(tokens.shape[1])[None] < count).astype(jnp.int32)
-        logits = model.apply({"params": params}, tokens, segment_ids).logits[0, count - 1, :256]
-        drawn = jax.random.categorical(key, logits / jnp.maximum(temperature, 1e-6))
-        return jnp.where(temperature > 0, drawn, jnp.argmax(logits))
-
-    return sample
+def _check(arguments: argparse.Namespace) -> tuple[bytes, Sampling]:
+    for name, least in (("length", 0), ("samples", 1), ("seed", 0)):
+        if getattr(arguments, name) < least:
+            raise UsageError(f"--{name} {getattr(arguments, name)} must be at least {least}")
+    try:
+        sampling = Sampling(temperature=arguments.temperature, top_k=arguments.top_k, top_p=arguments.top_p,
+                            min_p=arguments.min_p)
+    except ValueError as error:
+        raise UsageError(f"--temperature, --top_k, --top_p, --min_p: {error}") from error
+    if arguments.prompt_file is None:
+        return os.fsencode(arguments.prompt), sampling
+    if arguments.prompt:
+        raise UsageError("--prompt and --prompt_file are two prompts; give one of them")
+    try:
+        return arguments.prompt_file.read_bytes(), sampling
+    except OSError as error:
+        raise UsageError(f"--prompt_file={arguments.prompt_file}: {error.strerror}") from error
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ from experiments.boundaries import chunk_texts
 from experiments.config_loading import config_to_json
 from experiments.data import Corpus
 from experiments.errors import run_command
-from experiments.generate import generate
+from experiments.generate import generate_bytes
 from experiments.metrics import read_metrics
 from experiments.report_page import ReportData, render_report
 from experiments.run import Run, open_run, restore_run
+from hnet import Sampling
 
 TEXT_BYTES = 1500
 SAMPLE_BYTES = 160
@@ -36,9 +37,9 @@ def write_report(workdir: Path) -> Path:
 
 def _write(run: Run) -> Path:
     manifest = json.loads((run.workdir / "manifest.json").read_text())
-    samples = tuple(
-        (prompt, bytes(generate(run.config, run.params, prompt.encode(), length=SAMPLE_BYTES, temperature=0.7)))
-        for prompt in PROMPTS)
+    rows = generate_bytes(run.config, run.params, [prompt.encode() for prompt in PROMPTS], length=SAMPLE_BYTES,
+                          sampling=Sampling(temperature=0.7))
+    samples = tuple(zip(PROMPTS, map(bytes, zip(*rows, strict=True)), strict=True))
     page = render_report(ReportData(
         name=run.workdir.name,
         config=json.loads(config_to_json(run.config.to_config_dict())),

@@ -18,7 +18,6 @@ from experiments.data import Corpus, load_corpus
 from experiments.errors import UsageError
 from experiments.mesh import make_mesh, use_mesh
 from experiments.train_step import TrainState, compile_program, weights
-from hnet import HNetConfig
 
 PARAMETERS_ONLY = "parameters"  # meta["contents"] of a checkpoint without an optimizer's state
 
@@ -117,11 +116,6 @@ def _check_same_parameters(saved: Any, wanted: Any, workdir: str | Path) -> None
 
 def open_corpus(data: DataConfig) -> Corpus:
     return load_corpus(data.source, text_key=data.text_key, cache_dir=data.cache_dir)
-
-
-def evaluation_config(model: HNetConfig) -> HNetConfig:
-    """The same model with full chunk capacity, so that no boundary is ever demoted."""
-    return model.at_full_capacity()
 
 
 def enable_compilation_cache() -> None:

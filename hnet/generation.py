@@ -78,6 +78,7 @@ def generate(
     sampling: Sampling = PLAIN,
     seeds: Sequence[int] | None = None,
     eos: int | None = None,
+    num_allowed: int | None = None,
     max_length: int = 0,
 ) -> Iterator[np.ndarray]:
     """Yields the next token of every prompt, [b] int32, up to `num_tokens` times.
@@ -89,6 +90,7 @@ def generate(
       prompts: token ids, at least one per row; rows may differ in length.
       seeds: one per row; None means 0, 1, 2, ...
       eos: the token that ends a row. Such a row yields -1 from then on, and all rows ended end the iteration.
+      num_allowed: only tokens below this are drawn; None = the whole vocabulary.
       max_length: tokens to make room for, as in `init_decode_state`; 0 = as many as are needed, rounded up.
     Raises:
       ValueError: an empty prompt, not one seed per prompt, no room, or a model whose boundaries must be given.
@@ -110,7 +112,7 @@ def generate(
     # Rounded up, so that asking for a few more tokens does not compile anew.
     state = init_decode_state(model.config, len(prompts), max_length or -(-needed // size) * size)
 
-    programs = _programs(model, sampling)
+    programs = _programs(model, sampling, num_allowed)
     keys = jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32))
     logits = np.zeros((len(prompts), model.config.vocab_size), np.float32)
     for tokens, segment_ids in _pieces(prompts, size):
@@ -152,8 +154,8 @@ def generate_text(
     for reader, prompt in zip(readers, prompts, strict=True):
         reader.decode(_to_bytes(prompt))  # a character may begin in the prompt
     tokens = [[bos, *_to_bytes(prompt)] for prompt in prompts]
-    for drawn in generate(model, params, tokens, num_tokens=num_bytes, **options):
-        yield [reader.decode(bytes([byte]) if 0 <= byte < 256 else b"")
+    for drawn in generate(model, params, tokens, num_tokens=num_bytes, num_allowed=256, **options):
+        yield [reader.decode(b"" if byte < 0 else bytes([byte]))
                for reader, byte in zip(readers, drawn.tolist(), strict=True)]
     yield [reader.decode(b"", final=True) for reader in readers]
 
@@ -175,7 +177,7 @@ def _pieces(prompts: Sequence[Sequence[int]], size: int) -> Iterator[tuple[np.nd
 class _Programs:
     """The compiled functions of one model and one way to sample."""
 
-    def __init__(self, model: HNetLM, sampling: Sampling) -> None:
+    def __init__(self, model: HNetLM, sampling: Sampling, num_allowed: int | None) -> None:
         @partial(jax.jit, donate_argnums=3)
         def read(params, tokens, segment_ids, state, logits):
             fresh, state = prefill(model, params, tokens, segment_ids, state)
@@ -191,7 +193,8 @@ class _Programs:
             return draw(logits, keys, index), state
 
         def draw(logits, keys, index):
-            return sample(logits, jax.vmap(jax.random.fold_in, (0, None))(keys, index), sampling)
+            row_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
+            return sample(logits[:, :num_allowed], row_keys, sampling)
 
         self.read, self.first, self.next = read, first, next_
 

@@ -1,6 +1,7 @@
 """Windows over a stream of bytes, addressed by number: the position in the data is the step number.
 
-The stream of a split is a seeded permutation of its documents, each written as BOS and its bytes. Window i
+The stream of a split is a seeded permutation of its documents, each written as BOS and its bytes. A document that
+is not UTF-8 may contain that value as data; where documents begin is told by the segment ids. Window i
 holds stream positions i*T to i*T + T, both included; the model reads the first T and predicts the last T, so
 that over an epoch every position but the first is predicted once. Nothing depends on how many processes
 share the work or on where a run was interrupted: batch s is computed from s alone.
@@ -22,10 +23,8 @@ import numpy as np
 
 from experiments.data.corpus import DocumentSplit
 from experiments.errors import UsageError
+from hnet import BOS
 
-# The official H-Net release uses this value, which UTF-8 never does. A document that is not UTF-8 may contain
-# it as data; where documents begin is told by the segment ids.
-BOS = 254
 SEARCH_BYTES = 65_536  # of a document, read at once to look for the marker
 
 Batch = dict[str, np.ndarray]

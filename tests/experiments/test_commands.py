@@ -10,8 +10,8 @@ from experiments import evaluate, generate, report, train
 from experiments.data import BOS, WindowSource
 from experiments.errors import UsageError
 from experiments.mesh import make_mesh
-from experiments.run import evaluation_config, restore_run
-from hnet import HNetLM
+from experiments.run import restore_run
+from hnet import HNetLM, Sampling
 from tests.experiments.runs import KEPT_STEPS, finish, results, saved_steps, start
 
 READERS = {"evaluate": evaluate.main, "generate": generate.main, "report": report.main}
@@ -56,7 +56,7 @@ def test_a_mistake_costs_one_line_and_exit_code_2(program, arguments, message, t
     ("num_steps=many", "--config.num_steps=many: an int is wanted"),
     ("num_steps=0", "num_steps 0 must be at least 1"),
     ("seed=-1", "seed -1 must be from 0 to 2**32 - 1"),
-    ("optimizer.schedule=cosin", "'cosin' is not one of wsd, cosine; did you mean 'cosine'?"),
+    ("optimizer.schedule=cosin", "'cosin' is not one of wsd, wsd_inverse_sqrt, cosine; did you mean 'cosine'?"),
     ("optimizer.decay_fraction=1.5", "optimizer.decay_fraction 1.5 must be from 0 to 1"),
     ("optimizer.max_grad_norm=-1", "optimizer.max_grad_norm -1.0 must not be negative"),
     ("optimizer.accumulation_steps=3", "data.batch_size 8 is not a multiple of optimizer.accumulation_steps 3"),
@@ -117,11 +117,12 @@ def test_a_step_that_was_not_saved_is_refused(name, finished_run):
 
 
 @pytest.mark.parametrize(("argument", "message"), [
-    ("--length=-1", "--length -1"), ("--temperature=-0.5", "--temperature -0.5"), ("--temperature=nan", "nan"),
+    ("--length=-1", "--length -1 must be at least 0"), ("--samples=0", "--samples 0 must be at least 1"),
+    ("--temperature=-0.5", "temperature and top_k must be >= 0"), ("--temperature=nan", "temperature=nan"),
+    ("--top_p=0", "top_p=0.0"), ("--prompt_file=/no/such/file", "No such file"),
 ])
-def test_generate_refuses_negative_numbers(finished_run, argument, message):
-    text = _refusal(generate.main, f"--workdir={finished_run}", argument)
-    assert message in text and "must not be negative" in text
+def test_generate_refuses_what_it_cannot_do(finished_run, argument, message):
+    assert message in _refusal(generate.main, f"--workdir={finished_run}", argument)
 
 
 # A trained run
@@ -145,7 +146,7 @@ def test_evaluate_is_the_mean_surprise_over_every_byte_of_the_held_out_documents
     source = WindowSource(split, run.config.data.sequence_length, seed=0)
     windows = [source[index] for index in range(len(source))]
     tokens, segments = (np.stack([window[key] for window in windows]) for key in ("tokens", "segment_ids"))
-    model = HNetLM(evaluation_config(run.config.model))
+    model = HNetLM(run.config.model.at_full_capacity())
     logits = jax.jit(model.apply)({"params": run.params}, tokens[:, :-1], segments[:, :-1]).logits
     odds = np.exp(np.asarray(logits, np.float64))
     probability = np.take_along_axis(odds, tokens[:, 1:, None], axis=-1)[..., 0] / odds.sum(axis=-1)
@@ -168,8 +169,9 @@ def run(finished_run):
 
 
 def _text(run, prompt: bytes, length: int, temperature: float, seed: int) -> bytes:
-    return bytes(generate.generate(
-        run.config, run.params, prompt, length=length, temperature=temperature, seed=seed))
+    rows = generate.generate_bytes(
+        run.config, run.params, [prompt], length=length, sampling=Sampling(temperature=temperature), seed=seed)
+    return bytes(byte for (byte,) in rows)
 
 
 def test_a_seed_says_which_text_and_at_temperature_0_there_is_only_one(run):
@@ -178,25 +180,36 @@ def test_a_seed_says_which_text_and_at_temperature_0_there_is_only_one(run):
     assert _text(run, b"the ", 40, 0.0, seed=0) == _text(run, b"the ", 40, 0.0, seed=1)
 
 
-def test_at_temperature_0_every_byte_is_the_most_probable_one_after_the_last_window(run):
-    """Long after the window is full, too. Both sides of each comparison see `size` tokens."""
+def test_at_temperature_0_every_byte_is_the_most_probable_one_after_all_before_it(run):
     size, prompt = run.config.data.sequence_length, "grün".encode("latin-1") * 3
     text = _text(run, prompt, 2 * size, 0.0, seed=0)
     assert len(text) == 2 * size
-    model = HNetLM(evaluation_config(run.config.model))
+    model = HNetLM(run.config.model.at_full_capacity())
     stream = np.array([BOS, *prompt, *text], np.int32)
-    windows = np.stack([stream[i : i + size] for i in range(len(stream) - size)])
-    logits = jax.jit(model.apply)({"params": run.params}, windows).logits[:, -1]
-    top = np.argmax(logits, axis=-1)
-    close = np.take_along_axis(np.asarray(logits), stream[size:, None], 1)[:, 0] > np.max(logits, axis=-1) - 1e-4
-    assert close.all() and (top == stream[size:]).mean() > 0.9
+    logits = jax.jit(model.apply)({"params": run.params}, stream[None]).logits
+    logits = np.asarray(logits[0, len(prompt) : -1, :256])
+    chosen = np.take_along_axis(logits, stream[1 + len(prompt) :, None], axis=1)[:, 0]
+    assert (chosen > logits.max(axis=-1) - 1e-4).all()
 
 
 def test_generate_prints_the_prompt_and_its_continuation_byte_for_byte(run, finished_run, capsysbinary):
     """On a command line, Python stands bytes that are not UTF-8 in for by lone surrogates."""
     generate.main([f"--workdir={finished_run}", "--prompt=gr\udcfcn \u00fc", "--length=50", "--seed=3"])
     prompt = b"gr\xfcn \xc3\xbc"
-    assert capsysbinary.readouterr().out == prompt + _text(run, prompt, 50, 0.7, seed=3) + b"\n"
+    captured = capsysbinary.readouterr()
+    assert captured.out == prompt + _text(run, prompt, 50, 0.7, seed=3) + b"\n"
+    assert captured.err == b"note: 57 bytes with the prompt; the model was trained on windows of 32\n"
+
+
+def test_generate_reads_a_prompt_of_any_length_from_a_file_and_draws_several_samples(
+        run, finished_run, tmp_path, capsysbinary):
+    prompt = b"the chunk of " * 20
+    (tmp_path / "prompt.txt").write_bytes(prompt)
+    generate.main([f"--workdir={finished_run}", f"--prompt_file={tmp_path / 'prompt.txt'}", "--length=9",
+                   "--samples=2", "--seed=4"])
+    continuations = {seed: _text(run, prompt, 9, 0.7, seed) for seed in (4, 5)}
+    assert capsysbinary.readouterr().out == b"".join(
+        b"--- seed %d\n" % seed + prompt + text + b"\n" for seed, text in continuations.items())
 
 
 def test_report_is_written_anew(finished_run, tmp_path, capsys):
