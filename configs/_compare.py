@@ -1,0 +1,38 @@
+"""What the configs compare_* share: everything but where chunks begin, and whether there are any.
+
+For one seed all four read the same batches in the same order, with the same optimiser and as many steps. The
+three that chunk are one network, an outer m2 + m2 around an inner T4, and aim at the same length of chunks. It is
+8 bytes, because so long are words with the space before them in this corpus (8.2 on held-out text: the indentation
+of a line counts as one space), and nothing can change that. The fourth does its inner work on bytes, in narrower
+layers.
+"""
+from ml_collections import ConfigDict
+
+from experiments.config import DataConfig, OptimizerConfig, RunConfig
+from hnet import HNetConfig, StageConfig
+
+
+def chunked_config(*, router: str, **router_fields) -> ConfigDict:
+    """A one-stage H-Net with this router; no boundary is ever demoted."""
+    stages = (
+        StageConfig(
+            width=64, encoder="m2", decoder="m2", router=router, **router_fields,
+            capacity=0.25, grow_to=(0.5, 1.0), overflow="grow",
+            ssm_state_size=32, ssm_head_width=64, ssm_chunk_size=32),
+        StageConfig(
+            width=128, encoder="T4", decoder="", num_heads=4, rotary_width=16, feed_forward_width=256),
+    )
+    # The ratio loss is one pull among others: aimed at 11 bytes, learned chunks come out about 8 bytes long.
+    objective = "hnet" if router == "learned" else "none"
+    return run_config(*stages, tokens_per_chunk=(11.0,), ratio_objective=objective)
+
+
+def run_config(*stages: StageConfig, **fields) -> ConfigDict:
+    return RunConfig(
+        model=HNetConfig(stages=stages),
+        data=DataConfig(source="stdlib", sequence_length=256, batch_size=16),
+        optimizer=OptimizerConfig(peak_lr=3e-3, warmup_steps=20),
+        num_steps=300, log_every=20, eval_every=50, eval_bytes=65_536, checkpoint_every=150, keep_checkpoints=1,
+        report=False,
+        **fields,
+    ).to_config_dict()

@@ -1,0 +1,9 @@
+"""Chunks cut where the model learned to, 8 bytes aimed at. One of four at equal work per byte: see _compare.py.
+
+  python -m experiments.train --config=compare_learned --workdir=runs/learned
+"""
+from configs._compare import chunked_config
+
+
+def get_config():
+    return chunked_config(router="learned")

@@ -1,0 +1,9 @@
+"""Chunks that begin where a word ended. One of four at equal work per byte: see _compare.py.
+
+  python -m experiments.train --config=compare_space --workdir=runs/space
+"""
+from configs._compare import chunked_config
+
+
+def get_config():
+    return chunked_config(router="space")
