@@ -198,7 +198,7 @@ def test_generate_prints_the_prompt_and_its_continuation_byte_for_byte(run, fini
     prompt = b"gr\xfcn \xc3\xbc"
     captured = capsysbinary.readouterr()
     assert captured.out == prompt + _text(run, prompt, 50, 0.7, seed=3) + b"\n"
-    assert captured.err == b"note: 57 bytes with the prompt; the model was trained on windows of 32\n"
+    assert captured.err == b"note: 58 bytes with the prompt; the model was trained on windows of 32\n"
 
 
 def test_generate_reads_a_prompt_of_any_length_from_a_file_and_draws_several_samples(

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hnet import HNetConfig, HNetLM, StageConfig, parameter_shapes
+from hnet import HNetConfig, HNetLM, StageConfig, init_decode_state, parameter_shapes
 from tests.inputs import Draw
 
 MARGIN = 1e-4  # no probability this close to 1/2: rounding must not move a boundary
@@ -50,3 +50,48 @@ def clear_tokens(config: HNetConfig, params: dict, segment_ids: np.ndarray) -> n
         if all((jnp.abs(stage.boundary_prob - 0.5) > MARGIN).all() for stage in output.stages.values()):
             return tokens
     raise AssertionError("no tokens with clear boundaries in 100 draws")
+
+
+def one_stage_config(boundary_lm: HNetConfig | None = None, **stage_fields) -> HNetConfig:
+    """Attention alone, which compiles fast."""
+    common = dict(num_heads=2, rotary_width=8, feed_forward_width=24)
+    stages = (
+        StageConfig(width=16, encoder="t1", decoder="t1", **common, **stage_fields),
+        StageConfig(width=16, encoder="T1", decoder="", **common),
+    )
+    return HNetConfig(stages=stages, vocab_size=61, boundary_lm=boundary_lm)
+
+
+def stepped_logits(
+    config: HNetConfig, params: dict, tokens: np.ndarray, *, prompt_lengths: tuple[int, ...],
+    boundary_levels: np.ndarray | None = None, max_length: int = 0,
+) -> np.ndarray:
+    """Logits [b, t, vocab] of rows read as ragged, left-padded prompts and then token by token."""
+    num_rows, length = tokens.shape
+    run = compiled_with_state(config)
+    levels = boundary_levels
+    read, size = np.array(prompt_lengths), max(prompt_lengths)
+    span = [np.arange(size - n, size) for n in read]
+    prompt, ids, prompt_levels = np.zeros((3, num_rows, size), np.int32)
+    for row, n in enumerate(read):
+        prompt[row, span[row]], ids[row, span[row]] = tokens[row, :n], 1
+        prompt_levels[row, span[row]] = 0 if levels is None else levels[row, :n]
+    state = init_decode_state(config, num_rows, max_length or length)
+    output = run(params, prompt, ids, state, None if levels is None else prompt_levels)
+    logits = np.full((num_rows, length, config.vocab_size), np.nan, np.float32)
+    for row, n in enumerate(read):
+        logits[row, :n] = output.logits[row, span[row]]
+    while (read < length).any():
+        active, position = read < length, np.minimum(read, length - 1)
+        at = np.arange(num_rows), position
+        output = run(params, tokens[at][:, None], active[:, None].astype(np.int32), output.state,
+                     None if levels is None else levels[at][:, None])
+        logits[active, position[active]] = output.logits[active, 0]
+        read = read + active
+    assert run._cache_size() == 2, "one program for the prompts and one for every step"
+    return logits
+
+
+def compiled_with_state(config: HNetConfig):
+    return jax.jit(lambda params, tokens, segment_ids, state, levels: HNetLM(config).apply(
+        {"params": params}, tokens, segment_ids, state, boundary_levels=levels))

@@ -41,7 +41,7 @@ def test_one_program_per_prompt_bucket_and_one_for_every_step():
     sampling = Sampling(temperature=0.9)
     for prompts, num_tokens in ((PROMPTS, 4), ([[1], [2, 3], [4]], 5), ([[1] * 16, [2], [3]], 6)):
         list(generate(MODEL, PARAMS, prompts, num_tokens=num_tokens, sampling=sampling))
-    programs = _programs(MODEL, sampling)
+    programs = _programs(MODEL, sampling, None)
     sizes = programs.read._cache_size(), programs.next._cache_size()
     assert sizes[0] <= 2 and sizes[1] <= 2  # the last prompt fills its bucket, so its cache is one size larger
 

@@ -92,15 +92,15 @@ def test_module_restarts_positions_with_every_segment():
     np.testing.assert_allclose(packed, jnp.concatenate(apart, axis=1), atol=1e-6)
 
 
-@pytest.mark.parametrize("window", [-1, 3])
-def test_a_cache_gives_what_the_whole_sequence_gives_for_ragged_rows(window):
-    """Pieces of any length, padded on either side, and a row that sits a piece out."""
+@pytest.mark.parametrize(("window", "slots"), [(-1, 12), (3, 12), (3, 4)])
+def test_a_cache_gives_what_the_whole_sequence_gives_for_ragged_rows(window, slots):
+    """Pieces of any length, padded on either side, a row that sits a piece out, and slots for a window alone."""
     module = Attention(num_heads=2, rotary_width=8, window=window)
     x = Draw(2)(3, 12, 32)
     params = jax.jit(module.init)(jax.random.key(0), x)
     run = jax.jit(module.apply)
     whole, _ = run(params, x)
-    cache = KVCache.empty(3, 12, 2, 16, jnp.float32)
+    cache = KVCache.empty(3, slots, 2, 16, jnp.float32)
     num_read = np.zeros(3, int)
     for counts, side in (((4, 1, 0), "right"), ((2, 5, 3), "left"), ((6, 6, 6), "right"), ((0, 0, 3), "right")):
         piece, ids = np.zeros((3, 6, 32), np.float32), np.zeros((3, 6), np.int32)
