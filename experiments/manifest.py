@@ -45,7 +45,7 @@ def write_manifest(workdir: Path, *, step: int = 0, **extra: Any) -> dict[str, A
       extra: further entries, as JSON values.
     """
     starts = _read(workdir).get("restarts", [])
-    git = _git_state()
+    git = git_state()
     command = shlex.join(sys.orig_argv)
     starts.append({"time": _now(), "step": step, "command": command, "git_commit": git["commit"]})
     manifest = {
@@ -91,7 +91,7 @@ def _write(workdir: Path, manifest: dict[str, Any]) -> None:
     os.replace(replacement, path)
 
 
-def _git_state() -> dict[str, Any]:
+def git_state() -> dict[str, Any]:
     """Returns the commit, whether files differ from it, and a hash of how the tracked ones differ."""
     # A copy without .git inside some other checkout must not borrow that one's commit.
     if _git("rev-parse", "--show-toplevel") != str(REPOSITORY):

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from hnet.config import HNetConfig, StageConfig, num_slots
-from hnet.decode_state import StageState
+from hnet.decode_state import StageState, unchanged
 from hnet.stage_output import StageOutput
 from layers import PoolState, RouterHints, assign_chunks, chunk, chunk_pooled, dechunk, pack_rows, pack_segments
 
@@ -121,7 +121,8 @@ def _run_inner(
 
     def skip(inner, chunks, segment_ids, hints, state):
         names = [f"stage{index}" for index in range(inner.index, len(inner.config.stages) - 1)]
-        return jnp.zeros_like(chunks), {name: StageOutput.of_padding(chunks.shape[0]) for name in names}, state
+        stages = {name: StageOutput.of_padding(chunks.shape[0]) for name in names}
+        return jnp.zeros_like(chunks), stages, unchanged(state)
 
     def run(inner, *arguments):
         return inner(*arguments)

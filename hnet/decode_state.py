@@ -6,22 +6,22 @@ import jax.numpy as jnp
 from flax import struct
 
 from hnet.config import HNetConfig, num_slots
-from hnet.isotropic import MixerState, empty_state
+from hnet.isotropic import MixerState, MixerUpdate, empty_state
 from hnet.routers import make_router
-from layers import PoolState
+from layers import KVCache, KVUpdate, PoolState
 
 
 @struct.dataclass
 class StageState:
     """A stage and everything inside it. The fields past `encoder` are None at the innermost stage."""
 
-    encoder: tuple[MixerState, ...]
+    encoder: tuple[MixerState | MixerUpdate, ...]
     router: Any = None                           # what its router's empty_state made
     pool: PoolState | None = None                # tokens of the chunk each row is in, for pooled downsampling
     chunk_value: jax.Array | None = None         # [b, d] float32: what that chunk contributes to its tokens
     token_value: jax.Array | None = None         # [b, d] float32: the average over tokens, for "smooth_tokens"
     num_chunks: jax.Array | None = None          # [b] int32: chunks begun so far
-    decoder: tuple[MixerState, ...] | None = None
+    decoder: tuple[MixerState | MixerUpdate, ...] | None = None
     inner: "StageState | None" = None
     max_chunks: int = struct.field(pytree_node=False, default=0)  # that a row may begin in all
 
@@ -81,3 +81,26 @@ def init_decode_state(config: HNetConfig, batch: int, max_length: int) -> Decode
         lm = init_decode_state(config.boundary_lm, batch, max_length)
         boundary = BoundaryState(lm, jnp.zeros(batch, jnp.float32))
     return DecodeState(of_stage(0, max_length), jnp.zeros(batch, jnp.int32), boundary, max_length)
+
+
+def advance(before: StageState, after: StageState) -> StageState:
+    """Applies what a stage returned: its caches grow by their updates, everything else is as it came back."""
+    def one(old, new):
+        return jax.vmap(KVCache.append)(old, new) if isinstance(old, KVCache) else new  # layers are stacked
+
+    return jax.tree.map(one, before, after, is_leaf=_is_cache)
+
+
+def unchanged(state: StageState) -> StageState:
+    """What a stage returns that has read one padding token per row."""
+    def one(old):
+        if not isinstance(old, KVCache):
+            return old
+        nothing = jnp.full((*old.length.shape, 1), -1, jnp.int32)
+        return KVUpdate(jnp.zeros_like(old.k[:, :, :1]), jnp.zeros_like(old.v[:, :, :1]), nothing)
+
+    return jax.tree.map(one, state, is_leaf=_is_cache)
+
+
+def _is_cache(node: Any) -> bool:
+    return isinstance(node, KVCache)

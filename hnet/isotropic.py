@@ -4,10 +4,11 @@ import jax
 import jax.numpy as jnp
 
 from hnet.config import StageConfig
-from layers import Attention, KVCache, Mamba2, Mamba2State, RMSNorm, SwiGLU
+from layers import Attention, KVCache, KVUpdate, Mamba2, Mamba2State, RMSNorm, SwiGLU
 from layers.array_types import Array, Float, Int, typed
 
 MixerState = KVCache | Mamba2State
+MixerUpdate = KVUpdate | Mamba2State  # what a mixer makes of its state; `hnet.decode_state.advance` applies it
 
 
 class Block(nn.Module):
@@ -26,8 +27,8 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self, carry: tuple[jax.Array, jax.Array], segment_ids: jax.Array, state: MixerState | None
-    ) -> tuple[tuple[jax.Array, jax.Array], MixerState | None]:
-        """((last output, residual), segments, state) -> ((output, residual), state), for `nn.scan`.
+    ) -> tuple[tuple[jax.Array, jax.Array], MixerUpdate | None]:
+        """((last output, residual), segments, state) -> ((output, residual), update), for `nn.scan`.
 
         Output and residual are [b, t, d]. Without a state to go on from, none is returned.
         """
@@ -74,8 +75,8 @@ class Isotropic(nn.Module):
         x: Float[Array, "b t d"],
         segment_ids: Int[Array, "b t"],
         state: tuple[MixerState, ...] | None = None,
-    ) -> tuple[Float[Array, "b t d"], tuple[MixerState, ...] | None]:
-        """Returns the output, and the state of every run (stacked over its layers) if it was given one."""
+    ) -> tuple[Float[Array, "b t d"], tuple[MixerUpdate, ...] | None]:
+        """Returns the output, and the update of each run's state (stacked over layers) if it was given one."""
         # The residual stream is float32 whatever the compute dtype.
         h = x.astype(jnp.float32)
         carry = (h, jnp.zeros_like(h))

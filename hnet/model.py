@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from hnet.chunked import constrain, through_chunks
 from hnet.config import HNetConfig, StageConfig
-from hnet.decode_state import BoundaryState, DecodeState, StageState
+from hnet.decode_state import BoundaryState, DecodeState, StageState, advance
 from hnet.isotropic import Isotropic
 from hnet.routers import entropy_boundaries, make_router
 from hnet.stage_output import StageOutput
@@ -80,7 +80,8 @@ class HNetLM(nn.Module):
             num_read = state.num_tokens[:, None] + jnp.cumsum(segment_ids != 0, axis=1, dtype=jnp.int32)
             # The caches have no room for what comes after: better no logits than wrong ones.
             logits = jnp.where((num_read > state.max_length)[:, :, None], jnp.nan, logits)
-            state = state.replace(stage=after, num_tokens=num_read[:, -1], boundary=boundary)
+            state = state.replace(
+                stage=advance(state.stage, after), num_tokens=num_read[:, -1], boundary=boundary)
         return HNetOutput(logits, stages, state)
 
     def _find_boundaries(
@@ -115,7 +116,10 @@ class HNet(nn.Module):
         hints: RouterHints,
         state: StageState | None = None,
     ) -> tuple[Float[Array, "b t d"], dict[str, StageOutput], StageState | None]:
-        """Returns vectors of the width that came in, what the routers from here inwards did, and the state."""
+        """Returns vectors of the width that came in, what the routers from here inwards did, and the state.
+
+        In the state that is returned, updates of attention's caches stand for the caches: see `advance`.
+        """
         config, stage = self.config, self.config.stages[self.index]
         outer_width = x.shape[-1]
         if outer_width < stage.width:

@@ -1,5 +1,12 @@
 """Layers for hierarchical and chunked sequence models: functions on arrays, and thin linen modules."""
-from layers.attention import Attention, KVCache, dot_product_attention, masked_attention
+from layers.attention import (
+    Attention,
+    KVCache,
+    KVUpdate,
+    cached_attention,
+    dot_product_attention,
+    masked_attention,
+)
 from layers.causal_conv import CausalDepthwiseConv, causal_depthwise_conv
 from layers.dynamic_chunking import (
     ChunkPlan,
@@ -32,10 +39,10 @@ from layers.smoothing import smooth
 from layers.ssd import ssd_scan
 
 __all__ = [
-    "Attention", "CausalDepthwiseConv", "ChunkPlan", "CosineRouter", "GivenRouter", "KVCache", "Mamba2",
-    "Mamba2State", "PoolState", "RMSNorm", "RouterHints", "RouterState", "SpaceRouter", "StrideRouter",
-    "SwiGLU", "assign_chunks", "boundary_probability", "causal_depthwise_conv", "chunk", "chunk_pooled",
-    "dechunk", "dot_product_attention", "is_spacelike", "last_real", "masked_attention", "pack_rows",
-    "pack_segments", "ratio_loss", "rms_norm", "rotary", "segment_ordinals", "segment_positions",
-    "segment_starts", "smooth", "ssd_scan", "straight_through",
+    "Attention", "CausalDepthwiseConv", "ChunkPlan", "CosineRouter", "GivenRouter", "KVCache", "KVUpdate",
+    "Mamba2", "Mamba2State", "PoolState", "RMSNorm", "RouterHints", "RouterState", "SpaceRouter",
+    "StrideRouter", "SwiGLU", "assign_chunks", "boundary_probability", "cached_attention",
+    "causal_depthwise_conv", "chunk", "chunk_pooled", "dechunk", "dot_product_attention", "is_spacelike",
+    "last_real", "masked_attention", "pack_rows", "pack_segments", "ratio_loss", "rms_norm", "rotary",
+    "segment_ordinals", "segment_positions", "segment_starts", "smooth", "ssd_scan", "straight_through",
 ]

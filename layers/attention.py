@@ -115,24 +115,54 @@ class KVCache(NamedTuple):
         """[b, t] bool -> [b, t] int32: where in its row each new real token goes; -1 for the others."""
         return jnp.where(is_real, self.length[:, None] + jnp.cumsum(is_real, axis=1, dtype=jnp.int32) - 1, -1)
 
-    def append(self, k: jax.Array, v: jax.Array, positions: jax.Array) -> "KVCache":
-        """Adds new tokens [b, t, h, k] at their positions; rows without any keep their cache as it is."""
+    def append(self, new: "KVUpdate") -> "KVCache":
+        """Adds new tokens at their positions; rows without any keep their cache as it is."""
         num_slots = self.k.shape[1]
-        length = jnp.maximum(self.length, jnp.max(positions, axis=1) + 1)
-        stays = (positions >= 0) & (positions >= length[:, None] - num_slots)
-        slot = jnp.where(stays, positions % num_slots, num_slots)  # one past the end is dropped
-        row = jnp.arange(k.shape[0])[:, None]
+        length = jnp.maximum(self.length, jnp.max(new.positions, axis=1) + 1)
+        stays = (new.positions >= 0) & (new.positions >= length[:, None] - num_slots)
+        slot = jnp.where(stays, new.positions % num_slots, num_slots)  # one past the end is dropped
+        row = jnp.arange(self.k.shape[0])[:, None]
         return KVCache(
-            self.k.at[row, slot].set(k.astype(self.k.dtype), mode="drop"),
-            self.v.at[row, slot].set(v.astype(self.v.dtype), mode="drop"),
-            self.positions.at[row, slot].set(positions, mode="drop"),
+            self.k.at[row, slot].set(new.k, mode="drop"),
+            self.v.at[row, slot].set(new.v, mode="drop"),
+            self.positions.at[row, slot].set(new.positions, mode="drop"),
             length,
         )
 
-    def followed_by(self, k: jax.Array, v: jax.Array, positions: jax.Array) -> tuple[jax.Array, ...]:
-        """Keys, values and positions of the cache and, after them, of new tokens."""
-        pairs = ((self.k, k), (self.v, v), (self.positions, positions))
-        return tuple(jnp.concatenate([old, new.astype(old.dtype)], axis=1) for old, new in pairs)
+
+class KVUpdate(NamedTuple):
+    """What new tokens add to a cache. Passed around in its place, it spares a copy of the cache at every turn."""
+
+    k: jax.Array          # [b, t, h, k]
+    v: jax.Array          # [b, t, h, v]
+    positions: jax.Array  # [b, t] int32; -1 = nothing
+
+
+@typed
+def cached_attention(
+    q: Float[Array, "b t h k"], cache: KVCache, new: KVUpdate, *, window: int = -1
+) -> Float[Array, "b t h v"]:
+    """Attends from new tokens to those in the cache and to each other, by their positions; see `masked_attention`.
+
+    The cache is only read, where it is. Softmax is in float32.
+    """
+    def logits(k, positions):
+        distance = new.positions[:, :, None] - positions[:, None, :]  # [b, t, s]
+        may_attend = (distance >= 0) & (positions >= 0)[:, None, :]
+        if window >= 0:
+            may_attend &= distance <= window
+        scores = jnp.einsum("bthk,bshk->bhts", q, k, preferred_element_type=jnp.float32) / q.shape[-1] ** 0.5
+        return jnp.where(may_attend[:, None], scores, -jnp.inf)
+
+    both = jnp.concatenate([logits(cache.k, cache.positions), logits(new.k, new.positions)], axis=-1)
+    highest = jnp.max(both, axis=-1, keepdims=True)
+    weights = jnp.exp(both - jnp.where(highest == -jnp.inf, 0, highest))  # a padding query sees nothing: all 0
+    total = jnp.sum(weights, axis=-1, keepdims=True)
+    weights = (weights / jnp.where(total == 0, 1, total)).astype(q.dtype)
+    of_cache, of_new = jnp.split(weights, [cache.k.shape[1]], axis=-1)
+    y = jnp.einsum("bhts,bshv->bthv", of_cache, cache.v, preferred_element_type=jnp.float32)
+    y = y + jnp.einsum("bhts,bshv->bthv", of_new, new.v, preferred_element_type=jnp.float32)
+    return y.astype(q.dtype)
 
 
 class Attention(nn.Module):
@@ -162,8 +192,8 @@ class Attention(nn.Module):
         x: Float[Array, "b t d"],
         segment_ids: Int[Array, "b t"] | None = None,
         cache: KVCache | None = None,
-    ) -> tuple[Float[Array, "b t d"], KVCache | None]:
-        """Returns the output, and the cache with the new real tokens in it (None if there was none)."""
+    ) -> tuple[Float[Array, "b t d"], KVUpdate | None]:
+        """Returns the output, and what the real tokens are to add to the cache (None if there was none)."""
         width = x.shape[-1]
         if width % self.num_heads:
             raise ValueError(f"width {width} is not a multiple of num_heads {self.num_heads}")
@@ -177,21 +207,14 @@ class Attention(nn.Module):
         q = rotary(qkv[:, :, 0], positions, width=self.rotary_width)
         k = rotary(qkv[:, :, 1], positions, width=self.rotary_width)
         v = qkv[:, :, 2]
+        update = None
         if cache is None:
             y = dot_product_attention(
                 q, k, v, window=self.window, segment_ids=segment_ids, implementation=self.implementation)
         else:
-            # New tokens may push out of the cache what others among them still see: those are read beside it.
-            seen = cache.followed_by(k, v, positions)
-            cache = cache.append(k, v, positions)
-            if x.shape[1] == 1:
-                seen = cache.k, cache.v, cache.positions
-            keys, values, key_positions = seen
-            distance = positions[:, :, None] - key_positions[:, None, :]  # [b, t, s]
-            near = (distance <= self.window) if self.window >= 0 else True
-            may_attend = (distance >= 0) & near & (key_positions >= 0)[:, None, :]
-            y = masked_attention(q, keys, values, may_attend, implementation=self.implementation)
+            update = KVUpdate(k.astype(cache.k.dtype), v.astype(cache.v.dtype), positions)
+            y = cached_attention(q, cache, update, window=self.window)
         y = Linear(
             (width,), ("heads", "head_width", "embed"),
             init_std=self.out_init_std, dtype=self.dtype, name="out")(y)
-        return y, cache
+        return y, update

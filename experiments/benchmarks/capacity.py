@@ -1,0 +1,113 @@
+"""What each way to provide chunk slots costs: step time, FLOPs and memory of a train step's gradient.
+
+  python -m experiments.benchmarks.capacity [--outdir=docs/benchmarks] [--repeats=5]
+
+Boundaries are drawn: every byte is one with the same probability in a row, which varies from row to row as it does
+in text. All ways compute the same numbers, for none demotes a boundary. `full` has a slot for every byte; `rows`
+fits the fullest row, `packed` the whole batch, both with 5 % to spare; `grow` starts from the mean of the rows.
+"""
+import argparse
+import dataclasses
+import math
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.benchmarks.timing import interleaved_seconds, write_results
+from experiments.errors import run_command
+from experiments.flops import count_flops
+from hnet import HNetConfig, HNetLM, StageConfig, parameter_shapes
+
+ROWS, LENGTH = 16, 512  # bytes
+RATES = (1 / 4, 1 / 6)  # boundaries per byte
+ROW_SPREAD = 0.2        # standard deviation of a row's rate, relative to the mean
+INNER = {
+    "attention": StageConfig(width=128, encoder="T4", decoder="", num_heads=4, feed_forward_width=256),
+    "mamba2": StageConfig(width=128, encoder="M4", decoder="", feed_forward_width=256, ssm_state_size=32),
+}
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.benchmarks.capacity", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--outdir", type=Path, default=Path("docs/benchmarks"), help="where the JSON goes")
+    parser.add_argument("--repeats", type=int, default=5, help="timed calls of each way")
+    arguments = parser.parse_args(argv)
+    rows = [row for inner in INNER for rate in RATES for row in measure(inner, rate, arguments.repeats)]
+    write_results("capacity", rows, arguments.outdir)
+
+
+def measure(inner: str, rate: float, repeats: int) -> list[dict[str, object]]:
+    tokens, levels = draw(rate)
+    counts = levels.sum(axis=1)
+    mean, worst = counts.mean() / LENGTH, counts.max() / LENGTH
+    ways = {
+        "full": dict(capacity=1.0),
+        "rows": dict(capacity=min(1.0, 1.05 * worst), overflow="error"),
+        "packed": dict(capacity=min(1.0, 1.05 * mean), overflow="error", packed=True),
+        "grow": dict(capacity=mean, overflow="grow", grow_to=(1.25 * worst, 1.0)),
+    }
+    params = jax.tree.map(
+        lambda shape: 0.05 * np.random.default_rng(0).standard_normal(shape.shape, np.float32),
+        parameter_shapes(model_config(inner)))
+    compiled = {name: _gradient(model_config(inner, **fields)).lower(params, tokens, levels).compile()
+                for name, fields in ways.items()}
+    seconds = interleaved_seconds(
+        {name: partial(function, params, tokens, levels) for name, function in compiled.items()}, repeats=repeats)
+    rows = []
+    for name, fields in ways.items():
+        slots = _slots(fields, counts)
+        rows.append({
+            "inner": inner, "bytes_per_chunk": round(1 / rate, 2), "way": name, "slots_in_use": slots,
+            "inner_gflops": _inner_flops(inner, slots, packed=name == "packed") / 1e9,
+            "step_seconds": seconds[name], "over_full": seconds[name] / seconds["full"],
+            "temporary_mib": compiled[name].memory_analysis().temp_size_in_bytes / 2**20,
+        })
+    return rows
+
+
+def model_config(inner: str, **fields) -> HNetConfig:
+    outer = StageConfig(
+        width=64, encoder="m1", decoder="m1", router="given", ssm_state_size=32, ssm_chunk_size=32, **fields)
+    return HNetConfig(stages=(outer, INNER[inner]))
+
+
+def draw(rate: float) -> tuple[np.ndarray, np.ndarray]:
+    """Random bytes, and boundaries in the rows with a rate around `rate`: both [ROWS, LENGTH] int32."""
+    rng = np.random.default_rng(0)
+    of_row = np.clip(rate * (1 + ROW_SPREAD * rng.standard_normal((ROWS, 1))), 0.02, 0.9)
+    levels = rng.random((ROWS, LENGTH)) < of_row
+    levels[:, 0] = True
+    return rng.integers(0, 256, (ROWS, LENGTH), dtype=np.int32), levels.astype(np.int32)
+
+
+def _gradient(config: HNetConfig):
+    def loss(params, tokens, levels):
+        return jnp.mean(HNetLM(config).apply({"params": params}, tokens, boundary_levels=levels).logits ** 2)
+
+    return jax.jit(jax.grad(loss))
+
+
+def _slots(fields: dict, counts: np.ndarray) -> int:
+    """Chunk slots that the batch runs on, empty ones included."""
+    if fields.get("packed"):
+        return math.ceil(fields["capacity"] * LENGTH * ROWS)
+    sizes = [math.ceil(capacity * LENGTH) for capacity in (fields["capacity"], *fields.get("grow_to", ()))]
+    return ROWS * next((size for size in sizes if size >= counts.max()), sizes[-1])
+
+
+def _inner_flops(inner: str, slots: int, *, packed: bool) -> int:
+    """Forward FLOPs of the inner stage on its slots, as computed: packed attention forms scores between rows."""
+    rows = 1 if packed else ROWS
+    config = HNetConfig(stages=(dataclasses.replace(INNER[inner]),))
+    model, tokens = HNetLM(config), jax.ShapeDtypeStruct((rows, slots // rows), jnp.int32)
+    total = count_flops(lambda p, t: model.apply({"params": p}, t).logits, parameter_shapes(config), tokens)
+    return total - 2 * rows * (slots // rows) * INNER[inner].width * config.vocab_size  # without the head
+
+
+if __name__ == "__main__":
+    run_command(main)
