@@ -27,14 +27,17 @@ class ChunkedText:
     title: str
     text: bytes
     stages: tuple[StageChunks, ...]  # outermost first; () for a model that does not chunk
+    nats: np.ndarray | None = None   # [num_bytes] -log p of each byte after those before it; None = not known
 
     def __post_init__(self) -> None:
+        arrays = {} if self.nats is None else {"nats": self.nats}
         for stage in self.stages:
-            for field, array in (("boundary_prob", stage.boundary_prob), ("is_boundary", stage.is_boundary)):
-                if array.shape != (len(self.text),):
-                    raise ValueError(
-                        f"{field} of {stage.name} has shape {array.shape}; "
-                        f"the text {self.title!r} needs ({len(self.text)},), one entry per byte")
+            arrays |= {f"boundary_prob of {stage.name}": stage.boundary_prob,
+                       f"is_boundary of {stage.name}": stage.is_boundary}
+        for name, array in arrays.items():
+            if array.shape != (len(self.text),):
+                raise ValueError(f"{name} has shape {array.shape}; "
+                                 f"the text {self.title!r} needs ({len(self.text)},), one entry per byte")
 
 
 def render_chunked_text(chunked: ChunkedText) -> str:
@@ -52,21 +55,36 @@ def render_chunked_text(chunked: ChunkedText) -> str:
 
 def visible_text(text: bytes) -> str:
     """Returns any bytes as HTML to stand in a <pre>: escaped, with marks for what has no glyph."""
-    return "".join(_glyph(character) for character in _characters(text))
+    return "".join(_glyph(character) for character in characters(text))
 
 
 def chunk_lengths(stage: StageChunks) -> np.ndarray:
     """Returns the bytes in each chunk, in order. [num_chunks]"""
-    return np.diff(_chunk_edges(stage))
+    return np.diff(chunk_edges(stage))
 
 
-def _chunk_edges(stage: StageChunks) -> np.ndarray:
+def chunk_edges(stage: StageChunks) -> np.ndarray:
     """Returns the first byte of each chunk and, last, the length of the text. [num_chunks + 1]"""
     num_bytes = len(stage.is_boundary)
     if not num_bytes:
         return np.zeros(1, int)
     inner = np.flatnonzero(stage.is_boundary[1:]) + 1  # the first byte starts a chunk, marked or not
     return np.concatenate([[0], inner, [num_bytes]])
+
+
+def characters(text: bytes) -> Iterator[bytes]:
+    """Splits bytes into UTF-8 characters; a byte that belongs to none stands alone. Loses nothing."""
+    for character in text.decode("utf-8", "surrogateescape"):
+        yield character.encode("utf-8", "surrogateescape")
+
+
+def has_glyph(character: bytes) -> bool:
+    """Whether this UTF-8 character, or stray byte, shows as itself and moves nothing around it."""
+    if character == b" ":
+        return True
+    # Z: other blanks and line separators. C: controls, marks that turn the writing direction, unassigned
+    # code points, and the lone surrogates which stand for bytes that are not UTF-8.
+    return unicodedata.category(character.decode("utf-8", "surrogateescape"))[0] not in "ZC"
 
 
 def _stage_panel(text: bytes, stage: StageChunks, *, is_shown: bool) -> str:
@@ -76,7 +94,7 @@ def _stage_panel(text: bytes, stage: StageChunks, *, is_shown: bool) -> str:
     chunks = "".join(
         f'<span class="chunk chunk{index % 2}">'
         f'{_cells(text[start:stop], stage.boundary_prob[start:stop])}</span>'
-        for index, (start, stop) in enumerate(pairwise(_chunk_edges(stage))))
+        for index, (start, stop) in enumerate(pairwise(chunk_edges(stage))))
     return (f'<label><input type="radio" name="stage"{" checked" if is_shown else ""}>'
             f'{html.escape(stage.name)} <small>{size}</small></label>'
             f'<pre class="chunk-text">{chunks}</pre>')
@@ -84,7 +102,7 @@ def _stage_panel(text: bytes, stage: StageChunks, *, is_shown: bool) -> str:
 
 def _cells(chunk: bytes, boundary_prob: np.ndarray) -> str:
     cells, position = [], 0
-    for character in _characters(chunk):
+    for character in characters(chunk):
         prob = boundary_prob[position:position + len(character)]
         prob = prob[~np.isnan(prob)]
         cells.append(_glyph(character, _probability_attributes(prob)))
@@ -100,31 +118,17 @@ def _probability_attributes(prob: np.ndarray) -> str:
     return f' data-p="{tip}" style="--p:{prob.max():.2f}"'
 
 
-def _characters(text: bytes) -> Iterator[bytes]:
-    """Splits bytes into UTF-8 characters; a byte that belongs to none stands alone. Loses nothing."""
-    for character in text.decode("utf-8", "surrogateescape"):
-        yield character.encode("utf-8", "surrogateescape")
-
-
 def _glyph(character: bytes, attributes: str = "") -> str:
     if character == b"\n":
         # The mark comes from the style sheet and the line break stays outside: copied text is the text.
         return f'<i class="newline"{attributes}></i>\n'
     if character == b"\t":
         return f'<i class="tab"{attributes}></i>\t'
-    if not _has_glyph(character):
+    if not has_glyph(character):
         escape = "".join(f"\\x{byte:02x}" for byte in character)
         return f'<i class="hex"{attributes}>{escape}</i>'
     glyph = html.escape(character.decode())
     return f"<i{attributes}>{glyph}</i>" if attributes else glyph
-
-
-def _has_glyph(character: bytes) -> bool:
-    if character == b" ":
-        return True
-    # Z: other blanks and line separators. C: controls, marks that turn the writing direction, unassigned
-    # code points, and the lone surrogates which stand for bytes that are not UTF-8.
-    return unicodedata.category(character.decode("utf-8", "surrogateescape"))[0] not in "ZC"
 
 
 CHUNK_CSS = """

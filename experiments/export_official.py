@@ -34,26 +34,27 @@ def main(argv: list[str]) -> None:
     parser.add_argument("out", help="a .pt, .safetensors or .npz file to make")
     arguments = parser.parse_args(split_overrides(argv)[0])
     out = Path(arguments.out)
-    write = _writer(out, arguments.dtype)
+    _writer(out, arguments.dtype)  # refuses what it cannot write before the run is read
     run = open_run(parser, argv)
-    export_official(run.params, run.config.model, out, write, arguments.dtype)
+    export_official(run.params, run.config.model, out, arguments.dtype)
     print(f"step {run.step} of {run.workdir}: {out} ({out.stat().st_size / 1e6:,.1f} MB of {arguments.dtype}) "
           f"and {out.with_suffix('.json')}")
 
 
-def export_official(params: Any, model: HNetConfig, out: Path, write: Write, dtype: str) -> None:
+def export_official(params: Any, model: HNetConfig, out: Path, dtype: str) -> None:
     """Writes `out` and its .json.
 
     Raises:
-      UsageError: the release has no such model.
+      UsageError: `out` cannot be written, or the release has no such model.
     """
+    write = _writer(out, dtype)
     try:
         text = to_official_json(model)
         tensors = to_official_params(params, model)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    # Contiguous: safetensors would write the memory of a transposed array as it lies there.
-    tensors = {name: np.ascontiguousarray(value, jnp.dtype(dtype)) for name, value in tensors.items()}
+    # Contiguous: safetensors would write the memory of a transposed array as it lies there. Writable: for torch.
+    tensors = {name: np.require(value, jnp.dtype(dtype), ["C", "W"]) for name, value in tensors.items()}
     write(out, tensors)
     out.with_suffix(".json").write_text(text + "\n")
 

@@ -1,0 +1,21 @@
+"""AU-Net-like (arXiv 2506.14761): words, pairs of words, and fours of words, on the quick start's corpus.
+
+  python -m experiments.train --config=aunet_tiny_stdlib --workdir=runs/aunet
+
+A word is the vector of the byte after it, which has seen it whole; what is a word is SpaceByte's rule. Every byte
+reads the output of its chunk, where AU-Net has a map of its own for each place in a chunk.
+"""
+from configs._tiny import attention_stage, byte_stage, tiny_run
+from hnet import HNetConfig
+
+
+def get_config():
+    # Within a row of words there are few slots to save: pairs have one for each word.
+    pairs = dict(router="stride", router_stride=2, upsampler="none")
+    return tiny_run(
+        HNetConfig(stages=(
+            byte_stage("T1", "T1", capacity=0.25, router="space", upsampler="none"),
+            attention_stage(64, "T1", "T1", **pairs),
+            attention_stage(96, "T1", "T1", **pairs),
+            attention_stage(128, "T1"))),
+        tokens_per_chunk=(8.2, 2.0, 2.0))

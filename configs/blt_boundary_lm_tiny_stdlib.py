@@ -1,0 +1,9 @@
+"""The small model of bytes whose doubts cut the text of blt_tiny_stdlib; train it first.
+
+  python -m experiments.train --config=blt_boundary_lm_tiny_stdlib --workdir=runs/lm
+"""
+from configs._tiny import blt_boundary_lm, tiny_run
+
+
+def get_config():
+    return tiny_run(blt_boundary_lm(), tokens_per_chunk=())

@@ -1,0 +1,19 @@
+"""BLT-like (arXiv 2412.09871): patches begin where a small model doubts the next byte. The quick start's corpus.
+
+  python -m experiments.train --config=blt_boundary_lm_tiny_stdlib --workdir=runs/lm
+  python -m experiments.train --config=blt_tiny_stdlib --workdir=runs/blt --config.boundary_lm_from=runs/lm
+
+A patch is the maximum over its bytes' vectors, and every byte reads the output of its patch, where BLT has
+cross-attention on both ways; it also embeds the byte n-grams that end at each byte. At 2.75 nats, patches of
+held-out text have 4.0 bytes.
+"""
+from configs._tiny import attention_stage, blt_boundary_lm, byte_stage, tiny_run
+from hnet import HNetConfig
+
+
+def get_config():
+    bytes_ = byte_stage(
+        "T1", "T2", capacity=0.5, router="entropy", entropy_threshold=2.75, downsampler="max", upsampler="none")
+    return tiny_run(
+        HNetConfig(stages=(bytes_, attention_stage(128, "T2")), boundary_lm=blt_boundary_lm()),
+        tokens_per_chunk=(4.0,))

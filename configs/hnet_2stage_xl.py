@@ -1,0 +1,13 @@
+"""H-Net XL with two stages, as released: 1.6 billion parameters, 3 times 3 bytes per chunk aimed at.
+
+  python -m experiments.train --config=hnet_2stage_xl --workdir=runs/hnet_2stage_xl
+
+The recipe, and what to set before you run this, are in _official.py.
+"""
+from configs._official import PEAK_LR_XL, main_network, outer_stage, paper_run
+
+
+def get_config():
+    return paper_run(
+        outer_stage(1024, "m4", "m4", capacity=0.5), outer_stage(1536, "T1m4", "m4T1", capacity=0.5),
+        main_network(2048, "T27"), peak_lr=PEAK_LR_XL, tokens_per_chunk=(3.0, 3.0))

@@ -1,0 +1,15 @@
+"""The paper's H-Net (pool), about: H-Net L with 6 bytes in each chunk, whatever the text. 847 million parameters.
+
+  python -m experiments.train --config=hnet_pool_l --workdir=runs/hnet_pool_l
+
+28 inner layers are our choice, which comes near the paper's 850 million. A fixed width is always sure, so
+nothing is smoothed; documents begin with a chunk, hence slots for a few more. Recipe, and what to set before you
+run this: _official.py.
+"""
+from configs._official import PEAK_LR_L, main_network, outer_stage, paper_run
+
+
+def get_config():
+    return paper_run(
+        outer_stage(1024, "m4", "m4", router="stride", router_stride=6, upsampler="none", capacity=0.1875),
+        main_network(1536, "T28"), peak_lr=PEAK_LR_L, tokens_per_chunk=(6.0,), ratio_objective="none")

@@ -1,0 +1,15 @@
+"""The paper's H-Net (space), about: H-Net L whose chunks end with words, by rule. 847 million parameters.
+
+  python -m experiments.train --config=hnet_space_l --workdir=runs/hnet_space_l
+
+28 inner layers are our choice, which comes near the paper's 850 million. A rule is always sure, so nothing is
+smoothed. 6 bytes per word is what the paper measured on FineWeb-Edu, not a setting. Recipe, and what to set
+before you run this: _official.py.
+"""
+from configs._official import PEAK_LR_L, main_network, outer_stage, paper_run
+
+
+def get_config():
+    return paper_run(
+        outer_stage(1024, "m4", "m4", router="space", upsampler="none", capacity=0.25),
+        main_network(1536, "T28"), peak_lr=PEAK_LR_L, tokens_per_chunk=(6.0,), ratio_objective="none")

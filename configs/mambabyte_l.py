@@ -1,0 +1,12 @@
+"""MambaByte-like, the paper's flat state-space model over bytes: 185 million parameters; the paper's has 190.
+
+  python -m experiments.train --config=mambabyte_l --workdir=runs/mambabyte_l
+
+28 layers of Mamba-2 at width 1024 are our choice. Recipe, and what to set before you run this: _official.py.
+"""
+from configs._official import PEAK_LR_L, main_network, paper_run
+
+
+def get_config():
+    return paper_run(
+        main_network(1024, "m28"), peak_lr=PEAK_LR_L, tokens_per_chunk=())

@@ -1,0 +1,15 @@
+"""MegaByte-like (arXiv 2305.07185): patches of 4 bytes each, whatever the text, on the quick start's corpus.
+
+  python -m experiments.train --config=megabyte_tiny_stdlib --workdir=runs/megabyte
+
+A patch is the mean of its bytes' vectors, where MegaByte puts their embeddings side by side; and attention over
+bytes reaches back across patches.
+"""
+from configs._tiny import attention_stage, byte_stage, tiny_run
+from hnet import HNetConfig
+
+
+def get_config():
+    bytes_ = byte_stage(
+        "T1", "T2", capacity=0.3125, router="stride", router_stride=4, downsampler="mean", upsampler="none")
+    return tiny_run(HNetConfig(stages=(bytes_, attention_stage(128, "T2"))), tokens_per_chunk=(4.0,))

@@ -1,0 +1,15 @@
+"""SpaceByte-like (arXiv 2404.14408): chunks end with words, on the quick start's corpus.
+
+  python -m experiments.train --config=spacebyte_tiny_stdlib --workdir=runs/spacebyte
+
+Where chunks begin is SpaceByte's rule. The way in and out is H-Net's: a linear residual around the chunks, learned
+padding to the wider stage, and every byte reads the output of its chunk. Words of this corpus have 8.2 bytes with
+the space before them, because indentation counts as one space.
+"""
+from configs._tiny import attention_stage, byte_stage, tiny_run
+from hnet import HNetConfig
+
+
+def get_config():
+    bytes_ = byte_stage("T2", "T2", capacity=0.25, router="space", upsampler="none")
+    return tiny_run(HNetConfig(stages=(bytes_, attention_stage(128, "T2"))), tokens_per_chunk=(8.2,))

@@ -1,0 +1,179 @@
+"""Says what a config costs, without running it or allocating any weights.
+
+  python -m experiments.describe --config=hnet_2stage_xl [--config.tokens_per_chunk='(2.6, 2.7)'] [--compile]
+
+Work is counted at config.tokens_per_chunk (how many of its own tokens each stage has in a chunk) and
+config.data.sequence_length: set them to what a run realises.
+"""
+import argparse
+import json
+import math
+import re
+import sys
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from experiments.config import RunConfig
+from experiments.config_loading import load_config, split_overrides
+from experiments.errors import run_command
+from experiments.flops import model_flops_per_byte
+from experiments.mesh import batch_sharding, make_mesh, use_mesh
+from experiments.train_step import TrainState, compile_program
+from hnet import init_decode_state
+
+
+class Part(NamedTuple):
+    """A stage, or what is around the stages."""
+
+    name: str
+    layers: str
+    width: int
+    chunks: str   # how its tokens are cut
+    bytes_per_token: float
+    parameters: int
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.describe", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="a name in configs/, or the path of a config file")
+    parser.add_argument("--compile", action="store_true",
+                        help="also compile the train step for the devices here, and say what memory it takes")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    arguments, overrides = split_overrides(argv)
+    arguments = parser.parse_args(arguments)
+    config = RunConfig.from_config_dict(load_config(arguments.config, overrides))
+    mesh = make_mesh(1, jax.devices()[:1])
+    with use_mesh(mesh):
+        state = compile_program(config, mesh).abstract_state
+    parts, flops = describe_parts(config, state.params), describe_flops(config)
+    memory = describe_memory(config, state)
+    if arguments.compile:
+        memory |= compiled_memory(config)
+    if arguments.json:
+        as_dicts = [part._asdict() for part in parts]
+        print(json.dumps({"parts": as_dicts, "flops": flops, "memory": memory}, indent=2))
+    else:
+        print("\n".join(_tables(config, parts, flops, memory)))
+
+
+def describe_parts(config: RunConfig, params: Any) -> list[Part]:
+    """The parts of the model, outermost first, with the parameters of each."""
+    counts: dict[str, int] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        keys = [entry.key for entry in path]
+        stages = [key for key in keys if re.fullmatch(r"stage\d+", key)]
+        name = "boundary_lm" if keys[0] == "boundary_lm" else stages[-1] if stages else "embedding, head"
+        counts[name] = counts.get(name, 0) + math.prod(leaf.shape)
+    first = config.model.stages[0]
+    parts = [Part("embedding, head", "", first.width, "", 1.0, counts["embedding, head"])]
+    if config.model.boundary_lm is not None:
+        lm = config.model.boundary_lm.stages[0]
+        parts.append(Part("boundary_lm", "frozen", lm.width, "", 1.0, counts["boundary_lm"]))
+    bytes_per_token = 1.0
+    for index, stage in enumerate(config.model.stages):
+        layers, chunks = stage.encoder, ""
+        if stage.decoder:
+            layers += f" .. {stage.decoder}"
+            chunks = f"{stage.router}, {config.tokens_per_chunk[index]:g} tokens"
+        name = f"stage{index}"
+        parts.append(Part(name, layers, stage.width, chunks, bytes_per_token, counts[name]))
+        if stage.decoder:
+            bytes_per_token *= config.tokens_per_chunk[index]
+    return parts
+
+
+def describe_flops(config: RunConfig) -> dict[str, float]:
+    """Floating-point operations of the model, as `experiments.flops` counts them."""
+    forward = model_flops_per_byte(config.model, config.data.sequence_length, config.tokens_per_chunk)
+    training = 3 * forward
+    bytes_per_step = config.data.batch_size * config.data.sequence_length
+    return {"forward_per_byte": forward, "training_per_byte": training,
+            "training_per_step": training * bytes_per_step}
+
+
+def describe_memory(config: RunConfig, state: TrainState) -> dict[str, int]:
+    """Bytes of what a training run keeps, over all devices, and of what decoding one row keeps."""
+    model = config.model.at_full_capacity()
+    decode_state = jax.eval_shape(lambda: init_decode_state(model, 1, config.data.sequence_length))
+    memory = {"parameters": _num_bytes(state.params), "gradients": _num_bytes(state.params),
+              "optimizer": _num_bytes(state.opt_state)}
+    if state.ema:
+        memory["average"] = _num_bytes(state.ema)
+    return memory | {"decode_state_per_row": _num_bytes(decode_state)}
+
+
+def compiled_memory(config: RunConfig) -> dict[str, int]:
+    """What XLA sets aside on each device for the train step, on the mesh that training would have here."""
+    mesh = make_mesh(config.model_axis)
+    print(f"compiling the train step for {mesh.size} x {jax.devices()[0].device_kind} ...", file=sys.stderr)
+    with use_mesh(mesh):
+        program = compile_program(config, mesh)
+        shape = (config.data.batch_size, config.data.sequence_length + 1)
+        tokens = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=batch_sharding(mesh))
+        batch = {"tokens": tokens, "segment_ids": tokens}
+        analysis = program.step.lower(program.abstract_state, batch).compile().memory_analysis()
+    return {"step_arguments_per_device": analysis.argument_size_in_bytes,
+            "step_temporaries_per_device": analysis.temp_size_in_bytes}
+
+
+def _num_bytes(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _tables(
+    config: RunConfig, parts: list[Part], flops: dict[str, float], memory: dict[str, int]
+) -> list[str]:
+    length, rows = config.data.sequence_length, config.data.batch_size
+    total = sum(part.parameters for part in parts)
+    header = ("", "layers", "width", "bytes per token", "cut into chunks", "parameters", "share")
+    table = [header] + [
+        (part.name, part.layers, str(part.width), f"{part.bytes_per_token:.2f}", part.chunks,
+         f"{part.parameters:,}", f"{part.parameters / total:.1%}") for part in parts
+    ] + [("total", "", "", "", "", f"{total:,}", "")]
+    work = [
+        ("forward, per byte", f"{_scaled(flops['forward_per_byte'])}FLOP"),
+        ("training, per byte", f"{_scaled(flops['training_per_byte'])}FLOP   "
+                               "3 x forward; more where activations are computed again"),
+        ("training, per step", f"{_scaled(flops['training_per_step'])}FLOP   {rows:,} rows"),
+    ]
+    names = {
+        "parameters": "parameters", "gradients": "gradients", "optimizer": "optimizer's state",
+        "average": "averaged weights",
+        "decode_state_per_row": "decoding, per row",
+        "step_arguments_per_device": "train step's inputs, per device",
+        "step_temporaries_per_device": "train step's temporaries, per device"}
+    remarks = {"decode_state_per_row": f"   room for {length:,} bytes, and for each to begin a chunk"}
+    space = [(names[name], f"{_scaled(size)}B{remarks.get(name, '')}") for name, size in memory.items()]
+    return [
+        *_aligned(table, right={2, 3, 5, 6}), "",
+        f"work in rows of {length:,} bytes; attention counts as computed, with all its scores",
+        *_aligned(work, right=set()), "",
+        "memory",
+        *_aligned(space, right=set()),
+    ]
+
+
+def _aligned(rows: list[tuple[str, ...]], right: set[int]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) if column in right else cell.ljust(width)
+                 for column, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        lines.append(("  " + "   ".join(cells)).rstrip())
+    return lines
+
+
+def _scaled(number: float) -> str:
+    """Returns such as "12.3 G", to three digits or so."""
+    for factor, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= factor:
+            return f"{number / factor:.3g} {prefix}"
+    return f"{number:.3g} "
+
+
+if __name__ == "__main__":
+    run_command(main)

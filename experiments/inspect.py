@@ -1,0 +1,102 @@
+"""Looks inside a model: where it cuts a text, what stands at its boundaries, and how small changes move them.
+
+  python -m experiments.inspect --workdir=runs/quickstart (--text=TEXT | --file=PATH) [--show=N] [--html=PATH]
+
+The terminal shows the chunks of every stage in colour, or cut by "|" where it has none (a pipe, NO_COLOR), and the
+statistics; the page has the whole text with the probability of every boundary. Words are explained in
+experiments/chunk_statistics.py and experiments/perturbations.py.
+"""
+import argparse
+import os
+import sys
+import textwrap
+from pathlib import Path
+
+from experiments.boundaries import chunk_texts
+from experiments.chunk_statistics import bits_per_byte, place_table, stage_statistics, stage_table
+from experiments.chunk_terminal import chunks_in_terminal, table_in_terminal
+from experiments.config_loading import split_overrides
+from experiments.errors import UsageError, run_command
+from experiments.inspect_page import NO_STAGES, PLACES_LEGEND, Inspection, effects_legend, render_inspection
+from experiments.perturbations import effect_table, effects, perturb
+from experiments.run import Run, open_run
+
+PERTURBED_BYTES = 20_000  # of the text, as there are eight changes of it to read
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.inspect", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workdir", required=True, help="a run that saved a checkpoint")
+    parser.add_argument("--step", type=int, help="the checkpoint to look into; the newest by default")
+    parser.add_argument("--text", help="what the model reads")
+    parser.add_argument("--file", help="a file of any bytes to read instead")
+    parser.add_argument("--show", type=int, default=2000, help="bytes to show in the terminal")
+    parser.add_argument("--html", help="the page to write; inspect.html in the workdir by default")
+    arguments = parser.parse_args(split_overrides(argv)[0])
+    if arguments.show < 0:
+        raise UsageError(f"--show {arguments.show} must not be negative")
+    title, text = _read_text(arguments.text, arguments.file)
+    run = open_run(parser, argv)
+    inspection = inspect_text(run, title, text)
+    _print(inspection, arguments.show)
+    page = Path(arguments.html).expanduser() if arguments.html else run.workdir / "inspect.html"
+    try:
+        page.write_text(render_inspection(inspection), encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"--html={page}: cannot write there ({error.strerror}); name another file") from error
+    print(f"page: {page}")
+
+
+def inspect_text(run: Run, title: str, text: bytes) -> Inspection:
+    """Reads a text of at least one byte, and the changes of its beginning, in one pass of the model over all."""
+    perturbed = perturb(text[:PERTURBED_BYTES])
+    chunked, *changed = chunk_texts(run.config, run.params, [(title, text), *perturbed])
+    stages = tuple(stage_statistics(text, stage) for stage in chunked.stages)
+    return Inspection(
+        run.workdir.name, run.step, chunked, stage_table(stages), tuple(map(place_table, stages)),
+        effect_table(effects(changed), tuple(stage.name for stage in stages)),
+        num_perturbed=min(len(text), PERTURBED_BYTES))
+
+
+def _read_text(text: str | None, file: str | None) -> tuple[str, bytes]:
+    """Returns (title, text) from the one of --text and --file that was given."""
+    if (text is None) == (file is None):
+        raise UsageError(f"{'neither' if text is None else 'both'} of --text=TEXT and --file=PATH given; give one")
+    if text is not None:
+        # On a command line, Python stands bytes that are not UTF-8 in for by lone surrogates.
+        content, source, title = os.fsencode(text), "--text", "text"
+    else:
+        source, title = f"--file={file}", Path(file).name
+        try:
+            content = Path(file).expanduser().read_bytes()
+        except OSError as error:
+            raise UsageError(f"{source}: cannot be read ({error.strerror})") from error
+    if not content:
+        raise UsageError(f"{source} is empty; a text of at least one byte is needed")
+    return title, content
+
+
+def _print(inspection: Inspection, num_shown: int) -> None:
+    # Not every output has the marks and letters that a text may have; without this it would end the command.
+    sys.stdout.reconfigure(errors="backslashreplace")
+    chunked = inspection.chunked
+    print(f"step {inspection.step}, {chunked.title}: {len(chunked.text):,} bytes, "
+          f"{bits_per_byte(chunked):.3f} bits per byte\n")
+    if chunked.stages:
+        is_coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+        print(chunks_in_terminal(chunked, num_shown=num_shown, is_coloured=is_coloured))
+        print(table_in_terminal(inspection.stages))
+    else:
+        print(f"{NO_STAGES}\n")
+    for table in inspection.places:
+        print(table_in_terminal(table))
+    if inspection.places:
+        print(f"{textwrap.fill(PLACES_LEGEND, 100)}\n")
+    print(table_in_terminal(inspection.effects))
+    print(f"{textwrap.fill(effects_legend(inspection), 100)}\n")
+
+
+if __name__ == "__main__":
+    run_command(main)
