@@ -55,9 +55,9 @@ def _chunks(text: bytes, edges: np.ndarray, is_coloured: bool) -> str:
     for index, (start, stop) in enumerate(itertools.pairwise(edges)):
         if start >= len(text):
             break
-        chunk = text[start : min(stop, len(text))]
         # Decoded chunk by chunk, a character with a boundary inside falls apart into its bytes by itself.
-        glyphs = [_glyph(character, is_coloured, _COLOURS[index % 2]) for character in characters(chunk)]
+        chunk = characters(text[start:stop])
+        glyphs = [_glyph(character, is_coloured, _COLOURS[index % 2]) for character in chunk]
         shown.append("".join([_COLOURS[index % 2], *glyphs, _RESET] if is_coloured else glyphs))
     return "".join(shown) if is_coloured else "|".join(shown)
 

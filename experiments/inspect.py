@@ -40,12 +40,12 @@ def main(argv: list[str]) -> None:
     title, text = _read_text(arguments.text, arguments.file)
     run = open_run(parser, argv)
     inspection = inspect_text(run, title, text)
-    _print(inspection, arguments.show)
     page = Path(arguments.html).expanduser() if arguments.html else run.workdir / "inspect.html"
     try:
         page.write_text(render_inspection(inspection), encoding="utf-8")
     except OSError as error:
         raise UsageError(f"--html={page}: cannot write there ({error.strerror}); name another file") from error
+    _print(inspection, arguments.show)
     print(f"page: {page}")
 
 

@@ -4,8 +4,11 @@ import resource
 import pytest
 
 from experiments import describe
+from experiments.config import RunConfig
+from experiments.config_loading import load_config
 from experiments.errors import UsageError
 from experiments.flops import model_flops_per_byte
+from hnet import parameter_shapes
 from tests.experiments.runs import config_of
 
 
@@ -26,23 +29,19 @@ def test_parameters_work_and_memory_of_a_small_model_are_those_counted_by_hand(t
     memory = told["memory"]
     assert memory["parameters"] == memory["gradients"] == total
     assert memory["optimizer"] == 2 * total + 2 * 4  # two moments, and the counters of Adam and of the schedule
+    # In the decode state there is room for a chunk at every byte, whatever the capacity.
+    caches = 4 * 32 * (2 * 2 * 16 + 2 * 32)  # bytes x positions x keys and values of two layers and of one
+    others = memory["decode_state_per_row"] - caches
+    assert 0 < others < 1500  # positions and lengths; what the router and the chunk of a row hold
     config = config_of(tiny)
     forward = model_flops_per_byte(config.model, 32, (4.0,))
     assert told["flops"] == {
         "forward_per_byte": forward, "training_per_byte": 3 * forward, "training_per_step": 3 * forward * 8 * 32}
 
 
-def test_the_decode_state_has_room_for_a_chunk_at_every_byte(tiny, capsys):
-    told = json.loads(_describe(capsys, f"--config={tiny}", "--json"))
-    caches = 4 * 32 * (2 * 2 * 16 + 2 * 32)  # bytes x positions x keys and values of two layers and of one
-    small = told["memory"]["decode_state_per_row"] - caches
-    assert 0 < small < 1500  # positions and lengths; what the router and the chunk of a row hold
-
-
-def test_work_is_counted_at_the_compression_asked_for(tiny, capsys):
-    work = [json.loads(_describe(capsys, f"--config={tiny}", "--json", f"--config.tokens_per_chunk=({n},)"))
-            ["flops"]["forward_per_byte"] for n in (2, 4, 8)]
-    assert work[0] > work[1] > work[2]
+def test_work_is_counted_at_the_compression_asked_for(tiny):
+    work = [describe.describe_flops(config_of(tiny, f"tokens_per_chunk=({n},)")) for n in (2, 8)]
+    assert work[0]["forward_per_byte"] > work[1]["forward_per_byte"]
 
 
 def test_the_table_lines_up(tiny, capsys):
@@ -64,9 +63,10 @@ def test_a_model_of_billions_is_described_without_its_weights(capsys):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000  # kB; weights alone are 6.4 GB
 
 
-def test_the_boundary_lm_is_a_part_of_its_own(capsys):
-    parts = json.loads(_describe(capsys, "--config=blt_tiny_stdlib", "--json"))["parts"]
-    assert [part["name"] for part in parts] == ["embedding, head", "boundary_lm", "stage0", "stage1"]
+def test_the_boundary_lm_is_a_part_of_its_own():
+    config = RunConfig.from_config_dict(load_config("blt_tiny_stdlib", []))
+    parts = describe.describe_parts(config, parameter_shapes(config.model))
+    assert [part.name for part in parts] == ["embedding, head", "boundary_lm", "stage0", "stage1"]
 
 
 def test_compiling_adds_what_the_step_takes_and_says_that_it_takes_a_while(tiny, capsys):

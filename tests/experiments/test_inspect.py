@@ -22,7 +22,7 @@ def run_of(configs, tmp_path_factory):
     def make(name: str) -> Run:
         config = config_of(configs / f"{name}.py")
         mesh = make_mesh(1, jax.devices()[:1])
-        return Run(tmp_path_factory.mktemp(name), config, mesh, 3, random_params(config.model))
+        return Run(tmp_path_factory.mktemp(f"{name}<i>"), config, mesh, 3, random_params(config.model))
 
     return make
 

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from hnet import HNetLM, Sampling, generate, sample
+from hnet import BOS, HNetConfig, HNetLM, Sampling, generate, generate_text, sample
 from hnet.generation import _programs
 from tests.hnet.models import compiled, random_params, two_stage_config
 
@@ -90,3 +90,41 @@ def test_generate_refuses_empty_prompts_and_missing_seeds():
         next(generate(MODEL, PARAMS, [[1], []], num_tokens=1))
     with pytest.raises(ValueError, match="2 prompts need as many seeds, not 1"):
         next(generate(MODEL, PARAMS, [[1], [2]], num_tokens=1, seeds=[0]))
+
+
+def test_long_prompts_are_read_in_pieces_with_the_same_result(monkeypatch):
+    prompts = [list(range(40)), [7], list(range(17))]
+    expected = _generate(prompts)
+    monkeypatch.setattr("hnet.generation.LARGEST_PIECE", 16)
+    np.testing.assert_array_equal(_generate(prompts), expected)
+
+
+def test_max_length_must_hold_prompt_and_continuation():
+    with pytest.raises(ValueError, match=r"max_length 10 has no room for 9 tokens and 8 more; it must be .* 17"):
+        _generate(PROMPTS, max_length=10)
+    np.testing.assert_array_equal(_generate(PROMPTS, max_length=17), _generate(PROMPTS))
+
+
+def test_a_router_that_is_told_where_to_cut_cannot_generate():
+    with pytest.raises(ValueError, match="loop over `step` with boundary_levels"):
+        next(generate(HNetLM(CONFIG.with_stages(router="given")), PARAMS, PROMPTS, num_tokens=1))
+
+
+TEXT_CONFIG = HNetConfig(stages=CONFIG.stages[2:], vocab_size=260)  # a vocabulary with more than bytes
+TEXT_PARAMS = random_params(TEXT_CONFIG)
+
+
+def test_streamed_text_is_the_decoding_of_the_bytes_and_every_part_of_it_is_valid():
+    prompts, sampling = ["gr\u00fc", "", "x\udcc3"], Sampling(temperature=2.0)  # the last ends within a character
+    model = HNetLM(TEXT_CONFIG)
+    parts = list(generate_text(model, TEXT_PARAMS, prompts, num_bytes=40, sampling=sampling))
+    tokens = [[BOS, *prompt.encode("utf-8", "surrogateescape")] for prompt in prompts]
+    drawn = np.stack(list(generate(
+        model, TEXT_PARAMS, tokens, num_tokens=40, sampling=sampling, num_allowed=256)), axis=1)
+    assert drawn.max() < 256
+    for row, prompt in enumerate(prompts):
+        text = "".join(part[row] for part in parts)
+        whole = (prompt.encode("utf-8", "surrogateescape") + bytes(drawn[row].tolist())).decode("utf-8", "replace")
+        kept = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "ignore")
+        assert kept + text == whole
+    assert any("\ufffd" in part for row in parts for part in row) and len(parts) == 41
