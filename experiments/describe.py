@@ -1,11 +1,13 @@
 """Says what a config costs, without running it or allocating any weights.
 
-  python -m experiments.describe --config=hnet_2stage_xl [--config.tokens_per_chunk='(2.6, 2.7)'] [--compile]
+  python -m experiments.describe --config=hnet_2stage_xl [--bytes_per_chunk=2.7,7.0] [--compile]
 
-Work is counted at config.tokens_per_chunk (how many of its own tokens each stage has in a chunk) and
-config.data.sequence_length: set them to what a run realises.
+Work is counted at config.data.sequence_length and at config.tokens_per_chunk, which is how many of its own tokens
+each stage has in a chunk and what a run aims at. --bytes_per_chunk says instead what a run realised.
 """
 import argparse
+import dataclasses
+import itertools
 import json
 import math
 import re
@@ -17,7 +19,7 @@ import jax.numpy as jnp
 
 from experiments.config import RunConfig
 from experiments.config_loading import load_config, split_overrides
-from experiments.errors import run_command
+from experiments.errors import UsageError, run_command
 from experiments.flops import model_flops_per_byte
 from experiments.mesh import batch_sharding, make_mesh, use_mesh
 from experiments.train_step import TrainState, compile_program
@@ -40,12 +42,16 @@ def main(argv: list[str]) -> None:
         prog="python -m experiments.describe", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="a name in configs/, or the path of a config file")
+    parser.add_argument("--bytes_per_chunk", metavar="BYTES,...",
+                        help="bytes in a chunk of each stage that chunks, outermost first, such as 2.7,7.0")
     parser.add_argument("--compile", action="store_true",
                         help="also compile the train step for the devices here, and say what memory it takes")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     arguments, overrides = split_overrides(argv)
     arguments = parser.parse_args(arguments)
     config = RunConfig.from_config_dict(load_config(arguments.config, overrides))
+    if arguments.bytes_per_chunk is not None:
+        config = at_bytes_per_chunk(config, arguments.bytes_per_chunk)
     mesh = make_mesh(1, jax.devices()[:1])
     with use_mesh(mesh):
         state = compile_program(config, mesh).abstract_state
@@ -58,6 +64,26 @@ def main(argv: list[str]) -> None:
         print(json.dumps({"parts": as_dicts, "flops": flops, "memory": memory}, indent=2))
     else:
         print("\n".join(_tables(config, parts, flops, memory)))
+
+
+def at_bytes_per_chunk(config: RunConfig, text: str) -> RunConfig:
+    """The same run with tokens_per_chunk such that "2.7,7.0" are the bytes in a chunk of each stage.
+
+    Raises:
+      UsageError: not one number per stage that chunks, or they fall going inward.
+    """
+    num_chunking = len(config.model.stages) - 1
+    try:
+        lengths = [1.0, *(float(part) for part in text.split(",") if text)]
+        tokens = tuple(inner / outer for outer, inner in itertools.pairwise(lengths))
+        if len(tokens) != num_chunking or not all(1 <= number < math.inf for number in tokens):
+            raise ValueError
+    except (ValueError, ZeroDivisionError):
+        raise UsageError(
+            f"--bytes_per_chunk={text} must be one number per stage that chunks, outermost first: {num_chunking} "
+            "here; all are at least 1, and none is below the one before it") from None
+    # What is realised may be 1, which no ratio loss could aim at.
+    return dataclasses.replace(config, tokens_per_chunk=tokens, ratio_objective="none")
 
 
 def describe_parts(config: RunConfig, params: Any) -> list[Part]:
@@ -78,7 +104,7 @@ def describe_parts(config: RunConfig, params: Any) -> list[Part]:
         layers, chunks = stage.encoder, ""
         if stage.decoder:
             layers += f" .. {stage.decoder}"
-            chunks = f"{stage.router}, {config.tokens_per_chunk[index]:g} tokens"
+            chunks = f"{stage.router}, {round(config.tokens_per_chunk[index], 2):g} tokens"
         name = f"stage{index}"
         parts.append(Part(name, layers, stage.width, chunks, bytes_per_token, counts[name]))
         if stage.decoder:

@@ -1,5 +1,6 @@
-"""How a command ends: 0 done, 1 the run failed, 2 the caller's mistake, 143 stopped by SIGTERM."""
+"""How a command ends: 0 done, 1 it failed, 2 the caller's mistake, 141 nobody reads on, 143 stopped by SIGTERM."""
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
@@ -28,4 +29,7 @@ def run_command(main: Callable[[list[str]], int | None]) -> None:
     except (UsageError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
         code = 2 if isinstance(error, UsageError) else 1
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough; what is left to print goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
     sys.exit(code)

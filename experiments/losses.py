@@ -28,7 +28,9 @@ def next_byte_nats(logits: jax.Array, batch: Batch) -> jax.Array:
 
 
 def apply_model(model: HNetLM, params: Any, batch: Batch) -> HNetOutput:
-    return model.apply({"params": params}, batch["tokens"][:, :-1], batch["segment_ids"][:, :-1])
+    levels = batch["boundary_levels"][:, :-1] if "boundary_levels" in batch else None
+    return model.apply(
+        {"params": params}, batch["tokens"][:, :-1], batch["segment_ids"][:, :-1], boundary_levels=levels)
 
 
 def tokens_per_chunk(config: RunConfig, step: jax.Array) -> jax.Array:

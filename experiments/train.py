@@ -45,6 +45,11 @@ def main(argv: list[str]) -> int:
     arguments, overrides = split_overrides(argv)
     arguments = parser.parse_args(arguments)
     config = RunConfig.from_config_dict(load_config(arguments.config, overrides))
+    for index, stage in enumerate(config.model.stages[:-1]):
+        if stage.router == "given":
+            raise UsageError(
+                f"config.model.stages.stage{index}.router 'given' needs boundary_levels in every batch, which no "
+                "data source here has; train it from Python, with train_step.compile_program")
     return train(config, prepare_workdir(arguments.workdir))
 
 

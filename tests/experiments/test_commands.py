@@ -1,6 +1,8 @@
 """The commands as their users meet them: what they refuse and how, and what they make of a trained run."""
 import re
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -123,6 +125,20 @@ def test_a_step_that_was_not_saved_is_refused(name, finished_run):
 ])
 def test_generate_refuses_what_it_cannot_do(finished_run, argument, message):
     assert message in _refusal(generate.main, f"--workdir={finished_run}", argument)
+
+
+def test_a_router_that_must_be_told_is_refused_before_work(tiny, tmp_path):
+    text = _refusal(train.main, f"--config={tiny}", f"--workdir={tmp_path / 'run'}",
+                    "--config.model.stages.stage0.router=given")
+    assert text.startswith("config.model.stages.stage0.router 'given' needs boundary_levels in every batch")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reader_that_has_seen_enough_ends_a_command_quietly():
+    program = "from experiments.errors import run_command\nrun_command(lambda _: print('x' * 10_000_000))"
+    shell = f'"{sys.executable}" -c "{program}" | head -c 3; echo " ${{PIPESTATUS[0]}}"'
+    run = subprocess.run(["bash", "-c", shell], capture_output=True, text=True)
+    assert (run.stdout, run.stderr) == ("xxx 141\n", "")
 
 
 # A trained run

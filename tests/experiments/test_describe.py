@@ -1,3 +1,4 @@
+"""What a config costs, told without running it: numbers counted by hand, and tables that line up."""
 import json
 import resource
 
@@ -42,6 +43,20 @@ def test_parameters_work_and_memory_of_a_small_model_are_those_counted_by_hand(t
 def test_work_is_counted_at_the_compression_asked_for(tiny):
     work = [describe.describe_flops(config_of(tiny, f"tokens_per_chunk=({n},)")) for n in (2, 8)]
     assert work[0]["forward_per_byte"] > work[1]["forward_per_byte"]
+
+
+def test_work_is_counted_at_the_bytes_per_chunk_that_a_run_realised(configs):
+    config = describe.at_bytes_per_chunk(config_of(configs / "two_stage.py"), "2.5,10")
+    assert config.tokens_per_chunk == (2.5, 4.0)
+    parts = describe.describe_parts(config, parameter_shapes(config.model))
+    assert [part.bytes_per_token for part in parts if part.name.startswith("stage")] == [1, 2.5, 10]
+    assert describe.at_bytes_per_chunk(config, "1,1").tokens_per_chunk == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("text", ["", "3", "3,9,27", "9,3", "0,3", "0.5,2", "3,nan", "3,inf", "three,9", "3,,9"])
+def test_bytes_per_chunk_that_cannot_be_are_refused(configs, text):
+    with pytest.raises(UsageError, match=f"--bytes_per_chunk={text} must be one number per stage .*: 2 here"):
+        describe.at_bytes_per_chunk(config_of(configs / "two_stage.py"), text)
 
 
 def test_the_table_lines_up(tiny, capsys):

@@ -10,13 +10,13 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
-from experiments import export_official, import_official
+from experiments import export_official, generate, import_official
 from experiments.checkpoints import Checkpoints
 from experiments.errors import UsageError
 from experiments.import_official import open_state_dict
 from experiments.mesh import make_mesh
 from experiments.run import restore_params, restore_run
-from hnet import HNetLM, load_official_params, parameter_shapes
+from hnet import BOS, HNetLM, load_official_params, parameter_shapes
 from hnet.official import to_official_params
 from tests.assertions import GOLDEN, GOLDEN_LOGITS_ERROR, golden
 
@@ -38,6 +38,13 @@ def imported(released):
     return restore_run(released.run)
 
 
+@pytest.fixture(scope="module")
+def logits_of(imported):
+    """The imported model, compiled once for tokens of one shape."""
+    apply = jax.jit(HNetLM(imported.config.model).apply)
+    return lambda tokens: np.asarray(apply({"params": imported.params}, tokens).logits)
+
+
 def _import(*arguments):
     import_official.main([str(argument) for argument in arguments])
 
@@ -57,11 +64,19 @@ def _assert_equal(actual, expected):
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, b, strict=True), actual, expected)
 
 
-def test_an_imported_model_has_the_logits_of_the_release(imported):
+def test_an_imported_model_has_the_logits_of_the_release(imported, logits_of):
     data = golden(NAME)
-    logits = jax.jit(HNetLM(imported.config.model).apply)({"params": imported.params}, data["input_ids"]).logits
-    assert np.abs(np.asarray(logits) - data["logits_packed"]).max() <= GOLDEN_LOGITS_ERROR
+    assert np.abs(logits_of(data["input_ids"]) - data["logits_packed"]).max() <= GOLDEN_LOGITS_ERROR
     assert imported.step == 0
+
+
+def test_generate_continues_a_prompt_with_an_imported_model(released, logits_of, capsysbinary):
+    generate.main([f"--workdir={released.run}", "--prompt=The ", "--length=1", "--temperature=0"])
+    start = [BOS, *b"The "]
+    tokens = np.zeros_like(golden(NAME)["input_ids"])
+    tokens[0, :len(start)] = start  # what follows changes nothing before it
+    most_probable = logits_of(tokens)[0, len(start) - 1].argmax()
+    assert capsysbinary.readouterr().out == b"The " + bytes([most_probable]) + b"\n"
 
 
 def test_an_import_says_what_was_read_and_what_the_checkpoint_holds(released, tmp_path, capsys):
