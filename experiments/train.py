@@ -21,7 +21,7 @@ from experiments.checkpoints import Checkpoints
 from experiments.config import RunConfig
 from experiments.config_loading import config_to_json, load_config, split_overrides
 from experiments.data import BatchSource, Corpus, EvaluationSource, WindowSource, prefetch
-from experiments.errors import RunError, run_command
+from experiments.errors import RunError, UsageError, run_command
 from experiments.evaluate import held_out, make_evaluate
 from experiments.manifest import prepare_workdir, update_manifest, write_manifest
 from experiments.mesh import batch_sharding, make_mesh, put_batch, use_mesh

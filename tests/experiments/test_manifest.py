@@ -1,6 +1,8 @@
 import json
 import os
+import shlex
 import subprocess
+import sys
 
 import pytest
 
@@ -40,7 +42,7 @@ def test_the_manifest_names_command_versions_devices_and_extra_facts(tmp_path, m
     assert written["environment"]["XLA_FLAGS"] == "--xla_cpu_enable_fast_math=false"
     assert "JAX_LOG_COMPILES" in written["environment"] and "hidden" not in json.dumps(written)
     assert "not installed" not in (written["versions"]["jax"], written["versions"]["orbax-checkpoint"])
-    assert written["device_count"] >= 1 and "pytest" in written["command"]
+    assert written["device_count"] >= 1 and written["command"] == shlex.join(sys.orig_argv)
     assert written["start_time"].endswith("+00:00")
 
 
