@@ -23,8 +23,8 @@ UPSAMPLERS = {
     "none": "the chunk itself",
 }
 OVERFLOW_POLICIES = {
-    "error": "the row's output is NaN, and training and evaluation stop",
-    "grow": "the whole batch is run again from the first capacity in grow_to that fits: always exact",
+    "error": "the row's output is NaN, and training stops",
+    "grow": "there are as many slots as the first of capacity and grow_to that fits every row: always exact",
     "merge": "they are demoted: their tokens join the chunk before, in training and decoding alike",
 }
 REMAT_POLICIES = ("none", "dots", "block")  # nothing; all but matmuls with weights; the whole block
@@ -136,6 +136,8 @@ class HNetConfig:
                 raise ValueError(f"stage{index}.decoder is empty; only the innermost stage has none")
             if index > 0 and stage.router in ("space", "entropy") and not is_innermost:
                 raise ValueError(f"stage{index}.router {stage.router!r} looks at bytes, which only stage0 sees")
+        if self.bfloat16_dechunk and any(stage.upsampler != "smooth" for stage in self.stages[:-1]):
+            raise ValueError("bfloat16_dechunk rounds the smoothing over chunks; set every upsampler to 'smooth'")
         needs_lm = len(self.stages) > 1 and self.stages[0].router == "entropy"
         if needs_lm != (self.boundary_lm is not None):
             raise ValueError("boundary_lm must be given for stage0.router 'entropy', and for no other")
@@ -182,7 +184,8 @@ class HNetConfig:
 
     def at_full_capacity(self) -> "HNetConfig":
         """The same model with a slot for every token: no boundary is ever demoted, whatever the input."""
-        return self.with_stages(capacity=1.0, packed=False)
+        boundary_lm = self.boundary_lm and self.boundary_lm.at_full_capacity()
+        return dataclasses.replace(self.with_stages(capacity=1.0, packed=False), boundary_lm=boundary_lm)
 
     @classmethod
     def from_official_json(cls, text: str, *, dtype: str = "float32", capacity: float = 1.0) -> "HNetConfig":

@@ -84,3 +84,45 @@ def test_configs_are_hashable_and_frozen():
     assert hash(config) == hash(two_stage_config())
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.vocab_size = 3
+
+
+ATTENTION = dict(width=16, encoder="t1", num_heads=2)
+INNERMOST = StageConfig(**ATTENTION, decoder="")
+
+
+def _chunking(**fields) -> StageConfig:
+    return StageConfig(**ATTENTION, decoder="t1", **fields)
+
+
+@pytest.mark.parametrize(("fields", "message"), [
+    (dict(router="spaces"), "router 'spaces' is not one of learned, stride, space, entropy, given"),
+    (dict(overflow="drop"), "overflow 'drop' is not one of error, grow, merge"),
+    (dict(router="stride", router_stride=1), "router_stride 1 must be at least 2"),
+    (dict(capacity=0.5, overflow="grow", grow_to=(0.4, 1.0)), "must rise from above capacity 0.5 to 1"),
+    (dict(capacity=0.5, overflow="grow", grow_to=(0.7,)), "must rise from above capacity 0.5 to 1"),
+    (dict(capacity=0.5, packed=True), "set overflow to 'error' or 'grow'"),
+])
+def test_ways_to_chunk_that_do_not_fit_together_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        _chunking(**fields)
+
+
+@pytest.mark.parametrize(("stages", "model", "message"), [
+    ((_chunking(), _chunking(router="space"), INNERMOST), {}, "stage1.router 'space' looks at bytes"),
+    ((_chunking(router="entropy"), INNERMOST), {}, "boundary_lm must be given"),
+    ((_chunking(), INNERMOST), dict(boundary_lm=HNetConfig(stages=(INNERMOST,))), "boundary_lm must be given"),
+    ((_chunking(router="entropy"), INNERMOST), dict(boundary_lm=HNetConfig(stages=(INNERMOST,), vocab_size=9)),
+     "boundary_lm.vocab_size 9 must be vocab_size 256"),
+    ((_chunking(upsampler="none"), INNERMOST), dict(bfloat16_dechunk=True), "set every upsampler to 'smooth'"),
+])
+def test_a_model_refuses_routers_and_rounding_that_would_do_nothing(stages, model, message):
+    with pytest.raises(ValueError, match=message):
+        HNetConfig(stages=stages, **model)
+
+
+def test_a_boundary_lm_round_trips_and_gets_its_full_capacity_too():
+    lm = HNetConfig(stages=(_chunking(capacity=0.5), INNERMOST))
+    config = HNetConfig(stages=(_chunking(router="entropy", capacity=0.5), INNERMOST), boundary_lm=lm)
+    assert HNetConfig.from_dict(config.to_dict()) == config
+    full = config.at_full_capacity()
+    assert full.stages[0].capacity == full.boundary_lm.stages[0].capacity == 1
