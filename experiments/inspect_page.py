@@ -5,10 +5,10 @@ Like the report, the page stands alone, and a content security policy lets a bro
 import html
 from typing import NamedTuple
 
-from experiments.chunk_html import CHUNK_CSS, ChunkedText, chunk_lengths, render_chunked_text
+from experiments.chunk_html import ChunkedText, chunk_lengths, render_chunked_text
 from experiments.chunk_statistics import Table, bits_per_byte, number
-from experiments.report_page import PAGE_CSS
-from experiments.svg_plot import NARROW, PLOT_CSS, WIDE, histogram
+from experiments.report_page import figure, html_page, note
+from experiments.svg_plot import NARROW, WIDE, histogram
 
 NO_STAGES = "This model has no stages that chunk: it reads every byte at full depth."
 PLACES_LEGEND = (
@@ -35,16 +35,8 @@ def render_inspection(inspection: Inspection) -> str:
         ("What stands at boundaries", _places(inspection)),
         ("The text, changed", _effects(inspection)),
     )
-    body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections if content)
-    policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{html.escape(inspection.name)}: inside the model</title>"
-        f"<style>{PAGE_CSS}{PLOT_CSS}{CHUNK_CSS}{TABLE_CSS}</style></head>"
-        f"<body><main>{_headline(inspection)}{body}</main></body></html>\n")
+    return html_page(
+        f"{inspection.name}: inside the model", _headline(inspection), sections, css=TABLE_CSS)
 
 
 def effects_legend(inspection: Inspection) -> str:
@@ -73,12 +65,12 @@ def _headline(inspection: Inspection) -> str:
 
 def _chunks(inspection: Inspection) -> str:
     if not inspection.chunked.stages:
-        return _note(NO_STAGES) + render_chunked_text(inspection.chunked)
+        return note(NO_STAGES) + render_chunked_text(inspection.chunked)
     legend = ("Each change of colour is a boundary the model chose. The underline shows how probable a "
               "boundary was before a character; point at one, or touch it, for the number.")
     if len(inspection.chunked.stages) > 1:
         legend += " An inner stage sees, and underlines, only the starts of the chunks outside it."
-    return _note(legend) + render_chunked_text(inspection.chunked) + _table(inspection.stages)
+    return note(legend) + render_chunked_text(inspection.chunked) + _table(inspection.stages)
 
 
 def _lengths(chunked: ChunkedText) -> str:
@@ -87,18 +79,18 @@ def _lengths(chunked: ChunkedText) -> str:
     for stage in chunked.stages:
         plot, per_bar = histogram(chunk_lengths(stage), y_label="% of chunks, by bytes per chunk", width=width)
         caption = stage.name + (f"; a bar is {per_bar} bytes wide" if per_bar > 1 else "")
-        figures += f"<figure>{plot}<figcaption>{caption}</figcaption></figure>"
+        figures += figure(plot, caption)
     return figures and f'<div class="figures">{figures}</div>'
 
 
 def _places(inspection: Inspection) -> str:
     if not inspection.places:
         return ""
-    return _note(PLACES_LEGEND) + "".join(map(_table, inspection.places))
+    return note(PLACES_LEGEND) + "".join(map(_table, inspection.places))
 
 
 def _effects(inspection: Inspection) -> str:
-    return _note(effects_legend(inspection)) + _table(inspection.effects)
+    return note(effects_legend(inspection)) + _table(inspection.effects)
 
 
 def _table(table: Table) -> str:
@@ -108,10 +100,6 @@ def _table(table: Table) -> str:
         for first, *others in table.rows)
     # A wide table scrolls by itself; the page does not.
     return f'<div class="table"><table><thead><tr>{header}</tr></thead><tbody>{rows}</tbody></table></div>'
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{html.escape(text)}</p>'
 
 
 TABLE_CSS = """

@@ -45,16 +45,26 @@ def render_report(data: ReportData) -> str:
         ("Samples", _samples(data)),
         ("How this run was made", _details(data)),
     )
-    body = "".join(f"<section><h2>{title}</h2>{content}</section>" for title, content in sections)
+    return html_page(f"{data.name}: training report", _headline(data), sections)
+
+
+def html_page(title: str, headline: str, sections: Sequence[tuple[str, str]], *, css: str = "") -> str:
+    """Returns a page that stands alone, of (heading, HTML) sections; those without content are left out.
+
+    Args:
+      headline: HTML above the sections.
+      css: more of it, after that of pages, plots and chunks.
+    """
+    body = "".join(f"<section><h2>{heading}</h2>{content}</section>" for heading, content in sections if content)
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
-        f"<title>{html.escape(data.name)}: training report</title>"
-        f"<style>{PAGE_CSS}{PLOT_CSS}{CHUNK_CSS}</style></head>"
-        f"<body><main>{_headline(data)}{body}</main></body></html>\n")
+        f"<title>{html.escape(title)}</title>"
+        f"<style>{PAGE_CSS}{PLOT_CSS}{CHUNK_CSS}{css}</style></head>"
+        f"<body><main>{headline}{body}</main></body></html>\n")
 
 
 def verdict(held_out: float, reference_lines: dict[str, float]) -> str:
@@ -111,7 +121,7 @@ def _loss(data: ReportData) -> str:
     steps, loss = _finite(data.metrics, "train/bits_per_byte")
     eval_steps, held_out = _finite(data.metrics, "eval/bits_per_byte")
     if not len(steps) and not len(eval_steps):
-        return _note("No loss has been logged yet.")
+        return note("No loss has been logged yet.")
     window = max(1, len(loss) // 20)
     plot = line_plot(
         [Series("", steps, loss, "faint"), Series("train", steps, _smoothed(loss, window), "line"),
@@ -126,12 +136,12 @@ def _loss(data: ReportData) -> str:
     if data.reference_lines:
         caption.append("Dashed: what simple models reach on held-out text.")
     caption.append(_left_out(data.metrics, "train/bits_per_byte", "eval/bits_per_byte"))
-    return _figure(plot, " ".join(caption))
+    return figure(plot, " ".join(caption))
 
 
 def _chunks(data: ReportData) -> str:
     if not data.texts:
-        return _note("No held-out text was given to this report.")
+        return note("No held-out text was given to this report.")
     num_stages = max(len(text.stages) for text in data.texts)
     if not num_stages:
         legend = "This model has no stages: it reads every byte at full depth, so there are no chunks."
@@ -140,20 +150,20 @@ def _chunks(data: ReportData) -> str:
                   "boundary was before a character; point at one, or touch it, for the number.")
     if num_stages > 1:
         legend += " An inner stage sees, and underlines, only the starts of the chunks outside it."
-    return _note(legend) + "".join(render_chunked_text(text) for text in data.texts)
+    return note(legend) + "".join(render_chunked_text(text) for text in data.texts)
 
 
 def _chunk_lengths(data: ReportData) -> str:
     by_stage = _lengths_by_stage(data)
     if not by_stage:
-        return _note("Without chunks there are no lengths to count.")
+        return note("Without chunks there are no lengths to count.")
     figures = ""
     for name, lengths in by_stage:
         plot, per_bar = histogram(
             lengths, y_label="% of chunks, by bytes per chunk", width=WIDE if len(by_stage) == 1 else NARROW)
         caption = f"{name}: {len(lengths)} chunks in the texts above, {lengths.mean():.2f} bytes on average, "
         caption += f"longest {lengths.max()}." + (f" A bar is {per_bar} bytes wide." if per_bar > 1 else "")
-        figures += _figure(plot, caption)
+        figures += figure(plot, caption)
     return f'<div class="figures">{figures}</div>'
 
 
@@ -164,25 +174,25 @@ def _boundary_rate(data: ReportData) -> str:
         for name, kind in zip(sorted(names), itertools.cycle(("line", "line other")))
     ]
     if not any(len(s.x) for s in series):
-        return _note("No boundary rate has been logged.")
+        return note("No boundary rate has been logged.")
     caption = "The share of the positions a stage sees that start a chunk."
-    return _figure(line_plot(series, y_label="boundaries per position", from_zero=True),
+    return figure(line_plot(series, y_label="boundaries per position", from_zero=True),
                    f"{caption} {_left_out(data.metrics, *names)}")
 
 
 def _throughput(data: ReportData) -> str:
     steps, rate = _finite(data.metrics, "perf/bytes_per_second")
     if not len(steps):
-        return _note("No throughput has been logged yet.")
+        return note("No throughput has been logged yet.")
     plot = line_plot([Series("", steps, rate, "line")], y_label="bytes per second", from_zero=True)
     caption = f"Median: {format_number(float(np.median(rate)))} bytes of training text per second."
-    return _figure(plot, f"{caption} {_left_out(data.metrics, 'perf/bytes_per_second')}")
+    return figure(plot, f"{caption} {_left_out(data.metrics, 'perf/bytes_per_second')}")
 
 
 def _samples(data: ReportData) -> str:
     if not data.samples:
-        return _note("No text was generated.")
-    samples = _note("Written by the model; the prompt is set in grey.")
+        return note("No text was generated.")
+    samples = note("Written by the model; the prompt is set in grey.")
     for prompt, continuation in data.samples:
         prompt_text = visible_text(prompt.encode("utf-8", "surrogateescape"))
         samples += (f'<pre class="chunk-text"><span class="prompt">{prompt_text}</span>'
@@ -239,11 +249,11 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
-def _figure(plot: str, caption: str) -> str:
+def figure(plot: str, caption: str) -> str:
     return f"<figure>{plot}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
-def _note(text: str) -> str:
+def note(text: str) -> str:
     return f'<p class="note">{html.escape(text)}</p>'
 
 
