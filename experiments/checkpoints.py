@@ -177,17 +177,10 @@ class Checkpoints:
 
     def _check_fit(self, step: int, saved: dict[str, Any], abstract_state: PyTree) -> None:
         saved_types = {path: _describe(array["dtype"], array["shape"]) for path, array in saved.items()}
-        leaves = leaves_by_path(abstract_state)
-        wanted = {path: _describe(leaf.dtype, leaf.shape) for path, leaf in leaves.items()}
-        differing = [path for path in wanted | saved_types if saved_types.get(path) != wanted.get(path)]
-        if differing:
-            path = differing[0]
-            others = f" (and {len(differing) - 1} more arrays differ)" if differing[1:] else ""
-            raise UsageError(
-                f"checkpoint {step} in {self.directory} does not fit this config: {path} is "
-                f"{saved_types.get(path, 'absent')} there and {wanted.get(path, 'absent')} here{others}; "
-                "use another --workdir or change config.model"
-            )
+        misfit = first_misfit(saved_types, array_types(abstract_state))
+        if misfit:
+            raise UsageError(f"checkpoint {step} in {self.directory} does not fit this config: {misfit}; "
+                             "use another --workdir or change config.model")
 
     def _set_damaged_aside(self) -> None:
         """Renames damaged steps to `<step>.damaged`, a name that orbax does not read as a step."""
@@ -206,6 +199,21 @@ class Checkpoints:
         multihost_utils.sync_global_devices("damaged checkpoints set aside")
         self._damaged.clear()
         self._manager.reload()
+
+
+def array_types(tree: PyTree) -> dict[str, str]:
+    """Returns such as {"params/embedding": "float32[256, 64]"} for arrays, abstract or not."""
+    return {path: _describe(leaf.dtype, leaf.shape) for path, leaf in leaves_by_path(tree).items()}
+
+
+def first_misfit(saved: dict[str, str], wanted: dict[str, str]) -> str | None:
+    """Says how the first array that differs between two `array_types` does, and how many others do."""
+    differing = [path for path in wanted | saved if saved.get(path) != wanted.get(path)]
+    if not differing:
+        return None
+    path = differing[0]
+    others = f" (and {len(differing) - 1} more arrays differ)" if differing[1:] else ""
+    return f"{path} is {saved.get(path, 'absent')} there and {wanted.get(path, 'absent')} here{others}"
 
 
 def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -10,6 +10,7 @@ import numpy as np
 
 from experiments.chunk_html import ChunkedText, characters, chunk_edges, has_glyph
 from experiments.chunk_statistics import Table
+from experiments.text_table import aligned
 
 # Each background comes with its ink, so that both can be read on dark terminals and on light ones.
 _COLOURS = ("\x1b[38;5;16;48;5;153m", "\x1b[38;5;16;48;5;223m")  # black on light blue, on light amber
@@ -41,13 +42,7 @@ def table_in_terminal(table: Table) -> str:
     titles = [title.split("\n") for title in table.header]
     height = max(map(len, titles))
     titles = zip(*[[""] * (height - len(title)) + title for title in titles], strict=True)
-    rows = [*titles, *table.rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *others in rows:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
-    return "\n".join(lines) + "\n"
+    return "\n".join(aligned([*titles, *table.rows])) + "\n"
 
 
 def _chunks(text: bytes, edges: np.ndarray, is_coloured: bool) -> str:

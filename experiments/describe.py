@@ -22,6 +22,7 @@ from experiments.config_loading import load_config, split_overrides
 from experiments.errors import UsageError, run_command
 from experiments.flops import model_flops_per_byte
 from experiments.mesh import batch_sharding, make_mesh, use_mesh
+from experiments.text_table import aligned
 from experiments.train_step import TrainState, compile_program
 from hnet import init_decode_state
 
@@ -175,22 +176,16 @@ def _tables(
     remarks = {"decode_state_per_row": f"   room for {length:,} bytes, and for each to begin a chunk"}
     space = [(names[name], f"{_scaled(size)}B{remarks.get(name, '')}") for name, size in memory.items()]
     return [
-        *_aligned(table, right={2, 3, 5, 6}), "",
+        *_indented(table, left={0, 1, 4}), "",
         f"work in rows of {length:,} bytes; attention counts as computed, with all its scores",
-        *_aligned(work, right=set()), "",
+        *_indented(work, left={0, 1}), "",
         "memory",
-        *_aligned(space, right=set()),
+        *_indented(space, left={0, 1}),
     ]
 
 
-def _aligned(rows: list[tuple[str, ...]], right: set[int]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = []
-    for row in rows:
-        cells = [cell.rjust(width) if column in right else cell.ljust(width)
-                 for column, (cell, width) in enumerate(zip(row, widths, strict=True))]
-        lines.append(("  " + "   ".join(cells)).rstrip())
-    return lines
+def _indented(rows: list[tuple[str, ...]], left: set[int]) -> list[str]:
+    return ["  " + line for line in aligned(rows, left=left, gap="   ")]
 
 
 def _scaled(number: float) -> str:

@@ -1,6 +1,7 @@
 """Looks inside a model: where it cuts a text, what stands at its boundaries, and how small changes move them.
 
   python -m experiments.inspect --workdir=runs/quickstart (--text=TEXT | --file=PATH) [--show=N] [--html=PATH]
+      [--step=N] [--config.FIELD=VALUE]
 
 The terminal shows the chunks of every stage in colour, or cut by "|" where it has none (a pipe, NO_COLOR), and the
 statistics; the page has the whole text with the probability of every boundary. Words are explained in

@@ -3,15 +3,14 @@ import argparse
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh, NamedSharding
-from ml_collections import ConfigDict
 
-from experiments.checkpoints import Checkpoints, Restored
-from experiments.checksums import leaves_by_path
+from experiments.checkpoints import Checkpoints, Restored, array_types, first_misfit
 from experiments.config import DataConfig, RunConfig
 from experiments.config_loading import apply_overrides, config_from_json, split_overrides
 from experiments.data import Corpus, load_corpus
@@ -48,10 +47,23 @@ def restore_run(workdir: str | Path, step: int | None = None, overrides: list[st
     enable_compilation_cache()
     workdir = Path(workdir).expanduser().absolute()
     checkpoints, meta = _open_checkpoints(workdir, step)
-    config = RunConfig.from_config_dict(apply_overrides(_config_of(meta), overrides or []))
+    config = _config(meta, overrides or [])
     mesh = make_mesh(1, jax.devices()[:1])
     restored = _restore(checkpoints, step, _abstract_state(config, mesh, meta))
     return Run(workdir, config, mesh, restored.step, weights(restored.state))
+
+
+def saved_config(workdir: str | Path, *, field: str) -> RunConfig:
+    """Returns the config with which a run saved its newest sound checkpoint.
+
+    Args:
+      field: what names the run, such as "config.init_from", for the message.
+    Raises:
+      UsageError: there is no such run or checkpoint.
+    """
+    checkpoints, meta = _open_checkpoints(Path(workdir).expanduser().absolute(), None, field)
+    checkpoints.close()
+    return _config(meta)
 
 
 def restore_params(workdir: str | Path, abstract_params: Any, step: int | None = None) -> Any:
@@ -63,7 +75,7 @@ def restore_params(workdir: str | Path, abstract_params: Any, step: int | None =
       UsageError: there is no such run or checkpoint, or its model has other parameters.
     """
     checkpoints, meta = _open_checkpoints(Path(workdir).expanduser().absolute(), step)
-    config = RunConfig.from_config_dict(_config_of(meta))
+    config = _config(meta)
     sharding = jax.tree.leaves(abstract_params)[0].sharding
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else make_mesh(1, jax.devices()[:1])
     # What else that run saved goes onto this mesh too, over which its batch need not divide.
@@ -75,16 +87,18 @@ def restore_params(workdir: str | Path, abstract_params: Any, step: int | None =
     return weights(_restore(checkpoints, step, abstract).state)
 
 
-def _open_checkpoints(workdir: Path, step: int | None) -> tuple[Checkpoints, dict[str, Any]]:
+def _open_checkpoints(
+    workdir: Path, step: int | None, field: str = "--workdir"
+) -> tuple[Checkpoints, dict[str, Any]]:
     if not (workdir / "checkpoints").is_dir():
-        raise UsageError(f"{workdir}: no run has saved a checkpoint there; "
+        raise UsageError(f"{field}={workdir}: no run has saved a checkpoint there; "
                          f"train one with python -m experiments.train --config=quickstart --workdir={workdir}")
     checkpoints = Checkpoints(workdir / "checkpoints", keep=1)
     return checkpoints, checkpoints.read_meta(step)
 
 
-def _config_of(meta: dict[str, Any]) -> ConfigDict:
-    return config_from_json(json.dumps(meta["config"]))
+def _config(meta: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    return RunConfig.from_config_dict(apply_overrides(config_from_json(json.dumps(meta["config"])), overrides))
 
 
 def _abstract_state(config: RunConfig, mesh: Mesh, meta: dict[str, Any]) -> TrainState:
@@ -101,17 +115,10 @@ def _restore(checkpoints: Checkpoints, step: int | None, abstract: TrainState) -
 
 
 def _check_same_parameters(saved: Any, wanted: Any, workdir: str | Path) -> None:
-    def described(params: Any) -> dict[str, str]:
-        return {path: f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves_by_path(params).items()}
-
-    there, here = described(saved), described(wanted)
-    differing = [path for path in here | there if there.get(path) != here.get(path)]
-    if differing:
-        path = differing[0]
-        others = f" (and {len(differing) - 1} more parameters differ)" if differing[1:] else ""
-        raise UsageError(
-            f"the model of {workdir} does not fit this one: {path} is {there.get(path, 'absent')} there and "
-            f"{here.get(path, 'absent')} here{others}; change config.model, or start from another run")
+    misfit = first_misfit(array_types(saved), array_types(wanted))
+    if misfit:
+        raise UsageError(f"the model of {workdir} does not fit this one: {misfit}; "
+                         "change config.model, or start from another run")
 
 
 def open_corpus(data: DataConfig) -> Corpus:

@@ -1,17 +1,16 @@
 """The state that training begins with: the newest checkpoint's, or a new one, from a seed or from other runs."""
 import json
 import logging
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from experiments.checkpoints import Checkpoints
 from experiments.config import RunConfig
-from experiments.config_loading import config_from_json, config_to_json
+from experiments.config_loading import config_to_json
 from experiments.data import Corpus
 from experiments.errors import UsageError
-from experiments.run import PARAMETERS_ONLY, restore_params
+from experiments.run import PARAMETERS_ONLY, restore_params, saved_config
 from experiments.train_step import Program, TrainState
 
 logger = logging.getLogger(__name__)
@@ -52,7 +51,7 @@ def _start(config: RunConfig, program: Program) -> TrainState:
     wanted = program.abstract_state.params
     found: dict[str, Any] = {}
     if config.init_from:
-        source = _config_of("init_from", config.init_from)
+        source = saved_config(config.init_from, field="config.init_from")
         names = [name for name in wanted if name != "boundary_lm" or source.model.boundary_lm is not None]
         found |= restore_params(config.init_from, {name: wanted[name] for name in names})
         print(f"starting from the weights of {config.init_from}", flush=True)
@@ -73,21 +72,11 @@ def _restore_boundary_lm(config: RunConfig, wanted: Any) -> Any:
     field = f"config.boundary_lm_from={config.boundary_lm_from}"
     if config.model.boundary_lm is None:
         raise UsageError(f"{field}: config.model has no boundary_lm; leave it empty, or use the router 'entropy'")
-    source = _config_of("boundary_lm_from", config.boundary_lm_from).model.to_dict()
+    source = saved_config(config.boundary_lm_from, field="config.boundary_lm_from").model.to_dict()
     changed = _differences(source, config.model.boundary_lm.to_dict(), "its model")
     if changed:
         raise UsageError(f"{field} has another model than config.model.boundary_lm: {'; '.join(changed)} here")
     return restore_params(config.boundary_lm_from, wanted)
-
-
-def _config_of(field: str, workdir: str) -> RunConfig:
-    directory = Path(workdir).expanduser().absolute() / "checkpoints"
-    if not directory.is_dir():
-        raise UsageError(f"config.{field}={workdir}: no run has saved a checkpoint there; name a run directory")
-    checkpoints = Checkpoints(directory, keep=1)
-    meta = checkpoints.read_meta()
-    checkpoints.close()
-    return RunConfig.from_config_dict(config_from_json(json.dumps(meta["config"])))
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "config") -> list[str]:

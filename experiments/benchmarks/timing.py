@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from experiments.manifest import git_state
+from experiments.text_table import aligned
 
 
 def interleaved_seconds(
@@ -44,10 +45,7 @@ def write_results(name: str, rows: list[dict[str, Any]], directory: Path) -> Pat
     path.write_text(json.dumps(record, indent=2) + "\n")
     columns = list(rows[0])
     table = [columns, *([_cell(row[column]) for column in columns] for row in rows)]
-    widths = [max(len(line[index]) for line in table) for index in range(len(columns))]
-    for line in table:
-        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
-    print(path)
+    print("\n".join([*aligned(table, left=()), str(path)]))
     return path
 
 
