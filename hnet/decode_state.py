@@ -8,7 +8,7 @@ from flax import struct
 from hnet.config import HNetConfig, num_slots
 from hnet.isotropic import MixerState, MixerUpdate, empty_state
 from hnet.routers import make_router
-from layers import KVCache, KVUpdate, PoolState
+from layers import KVCache, PoolState
 
 
 @struct.dataclass
@@ -94,10 +94,7 @@ def advance(before: StageState, after: StageState) -> StageState:
 def unchanged(state: StageState) -> StageState:
     """What a stage returns that has read one padding token per row."""
     def one(old):
-        if not isinstance(old, KVCache):
-            return old
-        nothing = jnp.full((*old.length.shape, 1), -1, jnp.int32)
-        return KVUpdate(jnp.zeros_like(old.k[:, :, :1]), jnp.zeros_like(old.v[:, :, :1]), nothing)
+        return jax.vmap(KVCache.nothing_new)(old) if isinstance(old, KVCache) else old
 
     return jax.tree.map(one, state, is_leaf=_is_cache)
 

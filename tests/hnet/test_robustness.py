@@ -77,7 +77,7 @@ def test_a_document_of_100_kb_is_read_in_pieces_of_any_size(overflow):
     assert np.isfinite(halves).all() and int(state.num_tokens[0]) == 100_000
     assert int(state.stage.num_chunks[0]) == int(other.stage.num_chunks[0]) > 10_000
     window = state.stage.decoder[0].k
-    assert window.shape[2] == 64, "attention with a window keeps no more than its window"
+    assert window.shape[3] == 64, "attention with a window keeps no more than its window"
 
 
 def test_a_stage_without_chunks_yet_reads_none():
