@@ -1,0 +1,8 @@
+"""Attention over lists of blocks that may be traced: one function, several implementations."""
+from layers.block_sparse_attention.op import (
+    block_sparse_attention,
+    merge_by_lse,
+    sharded_block_sparse_attention,
+)
+
+__all__ = ["block_sparse_attention", "merge_by_lse", "sharded_block_sparse_attention"]
