@@ -61,10 +61,10 @@ def block_sparse_attention(
         o, lse = attention_reference(q, k, v, blocks.without_bad_entries(), mask)
     else:
         tiles = make_tiles(blocks, mask, q.shape[0], q.shape[1], k.shape[1])
-        heads_first = [pad_tokens(x.swapaxes(1, 2), block, axis=2)
-                       for x, block in ((q, blocks.block_q), (k, blocks.block_k), (v, blocks.block_k))]
-        o, lse = _attend(settings, *heads_first, tiles)
-        o, lse = o[:, :, : q.shape[1]].swapaxes(1, 2), lse[:, :, : q.shape[1]]
+        whole_blocks = [pad_tokens(x, block, axis=1)
+                        for x, block in ((q, blocks.block_q), (k, blocks.block_k), (v, blocks.block_k))]
+        o, lse = _attend(settings, *whole_blocks, tiles)
+        o, lse = o[:, : q.shape[1]], lse[:, :, : q.shape[1]]
     if mask.sinks is not None:
         o, lse = add_sinks(o, lse, mask.sinks)
     return (o, lse) if return_lse else o
@@ -185,7 +185,7 @@ def _attend_bwd(settings, residuals, cotangents):
     q, k, v, tiles, o, lse = residuals
     do, dlse = cotangents
     # d score = weight (do . value - sum(o do) + dlse): the log-sum-exp pulls on every weight alike.
-    delta = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1) - dlse
+    delta = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1).swapaxes(1, 2) - dlse
     return *_over_any_batch(_backward, settings)(q, k, v, tiles, lse, delta, do), None
 
 
@@ -210,7 +210,7 @@ def _run(direction: str, settings: Settings, q, k, v, tiles, *others):
         return of(module)(q, k, v, tiles, *others)
     kernels = {}
     num_lists, num_query_blocks, room = tiles.ids.shape[1:]
-    reason = pallas_tpu.unsupported(settings, num_query_blocks, k.shape[2] // settings.block_k, num_lists, room)
+    reason = pallas_tpu.unsupported(settings, num_query_blocks, k.shape[1] // settings.block_k, num_lists, room)
     if reason is None:
         kernels["tpu"] = of(pallas_tpu)
     else:

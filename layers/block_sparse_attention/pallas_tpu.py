@@ -52,7 +52,8 @@ def unsupported(
 def forward(
     settings: Settings, q: jax.Array, k: jax.Array, v: jax.Array, tiles: Tiles
 ) -> tuple[jax.Array, jax.Array]:
-    """q [b, h, T, k], k [b, n, S, k], v [b, n, S, v] -> o [b, h, T, v] in v's dtype, lse [b, h, T] float32."""
+    """q [b, T, h, k], k [b, S, n, k], v [b, S, n, v] -> o [b, T, h, v] in v's dtype, lse [b, h, T] float32."""
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     work, count = work_list(tiles.ids, tiles.kinds)
 
     def run(count, work, q, k, v, tiles):
@@ -68,7 +69,7 @@ def forward(
             flops_per_tile=2 * x * y * (q.shape[-1] + width))
 
     o, lse = _row_by_row_if_large(run, count, work, q, k, v, tiles)
-    return o, lse[:, :, 0]
+    return o.swapaxes(1, 2), lse[:, :, 0]
 
 
 def backward(
@@ -76,6 +77,7 @@ def backward(
     lse: jax.Array, delta: jax.Array, do: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients of q, k and v; delta = sum(o do) - dlse over the values, float32 [b, h, T]."""
+    q, k, v, do = (x.swapaxes(1, 2) for x in (q, k, v, do))
     x, y = settings.block_q, settings.block_k
     flops = 2 * x * y * (2 * q.shape[-1] + v.shape[-1])
     of_queries = (lse[:, :, None], delta[:, :, None], do)
@@ -106,9 +108,10 @@ def backward(
     dk, dv = _row_by_row_if_large(run_dkv, count, work, q, k, v, tiles, *of_queries)
 
     def summed(gradient, like):  # over the query heads that share keys, where each has a list of its own
-        return jnp.sum(gradient.reshape(*like.shape[:2], -1, *like.shape[2:]), axis=2).astype(like.dtype)
+        gradient = jnp.sum(gradient.reshape(*like.shape[:2], -1, *like.shape[2:]), axis=2)
+        return gradient.astype(like.dtype).swapaxes(1, 2)
 
-    return dq, summed(dk, k), summed(dv, v)
+    return dq.swapaxes(1, 2), summed(dk, k), summed(dv, v)
 
 
 def work_list(ids: jax.Array, kinds: jax.Array, num_key_blocks: int | None = None) -> tuple[jax.Array, jax.Array]:

@@ -9,7 +9,7 @@ from layers.mask_spec import MaskSpec, is_selected, may_attend, token_rows
 def attention_reference(
     q: jax.Array, k: jax.Array, v: jax.Array, blocks: BlockLists, mask: MaskSpec
 ) -> tuple[jax.Array, jax.Array]:
-    """softmax(scale q k^T + mask) v, [b, t, h, v] in v's dtype, and the log of the denominator, [b, h, t] float32."""
+    """softmax(scale q k^T + mask) v, [b, t, h, v] in v's dtype, and its log-sum-exp, [b, h, t] float32."""
     num_groups = q.shape[2] // k.shape[2]
     exact = jax.lax.Precision.HIGHEST
     dtype = v.dtype

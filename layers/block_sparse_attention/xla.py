@@ -1,8 +1,8 @@
 """Block-sparse attention in plain XLA: loops over tiles with running softmax statistics, on any platform.
 
-Scores exist for one block of queries and a few blocks of keys at a time, and a loop ends with the longest list of
-the rows and heads it serves: work follows the lists, not the room in them. FlashAttention-2 (arXiv 2307.08691),
-algorithms 1 and 2, over lists.
+Scores exist for one block of queries and a few of keys at a time, and a loop ends with the longest list of the
+rows and heads it serves: work follows the lists, not the room in them. Nothing of the size of q or k is copied;
+results are written where they belong. FlashAttention-2 (arXiv 2307.08691), algorithms 1 and 2, over lists.
 
 Letters: n heads that have a list of their own (key heads, or query heads if their lists differ), g query heads of
 each, i and j blocks of queries and of keys, x and y tokens in one, e entries of a list read in one turn of a loop.
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.block_sparse_attention.tiles import NOTHING, Settings, Tiles, live_first, transpose
-from layers.mask_spec import is_selected, may_attend
+from layers.mask_spec import SELECT_BITS, is_selected, may_attend
 
 TOKENS_PER_TURN = 512  # more make larger matmuls, and more work past the end of a list
 
@@ -21,33 +21,38 @@ TOKENS_PER_TURN = 512  # more make larger matmuls, and more work past the end of
 def forward(
     settings: Settings, q: jax.Array, k: jax.Array, v: jax.Array, tiles: Tiles
 ) -> tuple[jax.Array, jax.Array]:
-    """q [b, h, T, k], k [b, hk, S, k], v [b, hk, S, v] -> o [b, h, T, v] in v's dtype, lse [b, h, T] float32."""
-    blocks = _Blocks.of(settings, k, v, tiles, q)
-    (queries,) = blocks.of_queries
-    lists = _Lists.of(*live_first(blocks.ids, blocks.kinds), settings.block_k)
+    """q [b, T, h, k], k [b, S, hk, k], v [b, S, hk, v] -> o [b, T, h, v] in v's dtype, lse [b, h, T] float32."""
+    of_tiles = _OfTiles(settings, tiles, num_key_heads=k.shape[2])
+    lists = of_tiles.rows()
 
-    def row(i):
+    def row(i, results):
+        queries = of_tiles.query_block(q, i)
+
         def attend(turn, carry):
             highest, total, acc = carry
             at, is_live = lists.entries(i, turn)
-            scores, _ = _scores(settings, "bngxk,bneyk->bngxey", queries[:, :, i], _take(blocks.k, at))
-            scores = jnp.where(_allowed_in_row(settings, blocks, i, at, is_live), scores, -jnp.inf)
+            scores, _ = _scores(settings, "bxngk,bneyk->bngxey", queries, of_tiles.take_keys(k, at))
+            scores = jnp.where(of_tiles.allowed_in_row(i, at, is_live), scores, -jnp.inf)
             new_highest = jnp.maximum(highest, jnp.max(scores, axis=(-2, -1)))
             shift = jnp.where(new_highest == -jnp.inf, 0, new_highest)
             weights = jnp.exp(scores - shift[..., None, None])
             kept = jnp.exp(highest - shift)
             total = kept * total + jnp.sum(weights, axis=(-2, -1))
-            new = _dot("bngxey,bneyv->bngxv", weights.astype(v.dtype), _take(blocks.v, at))
+            new = _dot("bngxey,bneyv->bngxv", weights.astype(v.dtype), of_tiles.take_keys(v, at))
             return new_highest, total, kept[..., None] * acc + new
 
-        shape = queries.shape[:2] + queries.shape[3:-1]
-        start = jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, v.shape[-1]))
-        highest, total, acc = jax.lax.fori_loop(0, lists.turns(i), attend, start)
+        batch, x, n, g = queries.shape[:4]
+        shape = (batch, n, g, x)
+        start = jnp.full(shape, -jnp.inf), jnp.zeros(shape), jnp.zeros((*shape, width))
+        highest, total, acc = jax.lax.fori_loop(0, lists.needed[i], attend, start)
         safe = jnp.where(total == 0, 1, total)
-        return (acc / safe[..., None]).astype(v.dtype), jnp.where(total == 0, -jnp.inf, highest + jnp.log(safe))
+        o, lse = results
+        o = _put(o, jnp.moveaxis(acc / safe[..., None], 3, 1), i * x, axis=1)
+        return o, _put(lse, jnp.where(total == 0, -jnp.inf, highest + jnp.log(safe)), i * x, axis=2)
 
-    o, lse = jax.lax.map(row, jnp.arange(queries.shape[2]))
-    return _join_query_blocks(o), _join_query_blocks(lse)
+    width = v.shape[-1]
+    results = jnp.zeros((*q.shape[:3], width), v.dtype), jnp.zeros((q.shape[0], q.shape[2], q.shape[1]))
+    return jax.lax.fori_loop(0, q.shape[1] // settings.block_q, row, results)
 
 
 def backward(
@@ -55,58 +60,63 @@ def backward(
     lse: jax.Array, delta: jax.Array, do: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients of q, k and v; delta = sum(o do) - dlse over the values, float32 [b, h, T]."""
-    blocks = _Blocks.of(settings, k, v, tiles, q, do, lse, delta)
-    lists = _Lists.of(*live_first(blocks.ids, blocks.kinds), settings.block_k)
-    columns = _Lists.of(*transpose(blocks.ids, blocks.kinds, blocks.k.shape[2]), settings.block_q)
+    of_tiles = _OfTiles(settings, tiles, num_key_heads=k.shape[2])
+    rows, columns = of_tiles.rows(), of_tiles.columns(k.shape[1] // settings.block_k)
 
-    def weights_and_d_scores(pairs, queries, key, do_pairs, value, lse, delta, do, allowed):
+    def weights_and_d_scores(pairs, queries, key, do_pairs, do, value, lse, delta, allowed):
         scores, slope = _scores(settings, pairs, queries, key)
         # Queries that see nothing have lse = -inf, and all their pairs are forbidden.
         weights = jnp.where(allowed, jnp.exp(jnp.where(allowed, scores - lse, 0)), 0)
         d_scores = weights * (_dot(do_pairs, do, value) - delta) * slope
         return weights.astype(do.dtype), d_scores.astype(q.dtype)
 
-    def dq_of_row(i):
-        queries, do, lse, delta = (x[:, :, i] for x in blocks.of_queries)
+    def dq_of_row(i, dq):
+        queries, do_i = of_tiles.query_block(q, i), of_tiles.query_block(do, i)
+        lse_i, delta_i = (of_tiles.statistics_block(x, i)[..., None, None] for x in (lse, delta))
 
-        def add(turn, dq):
-            at, is_live = lists.entries(i, turn)
-            key, value = _take(blocks.k, at), _take(blocks.v, at)
+        def add(turn, total):
+            at, is_live = rows.entries(i, turn)
+            key, value = of_tiles.take_keys(k, at), of_tiles.take_keys(v, at)
             _, d_scores = weights_and_d_scores(
-                "bngxk,bneyk->bngxey", queries, key, "bngxv,bneyv->bngxey", value,
-                lse[..., None, None], delta[..., None, None], do,
-                _allowed_in_row(settings, blocks, i, at, is_live))
-            return dq + _dot("bngxey,bneyk->bngxk", d_scores, key)
+                "bxngk,bneyk->bngxey", queries, key, "bxngv,bneyv->bngxey", do_i, value, lse_i, delta_i,
+                of_tiles.allowed_in_row(i, at, is_live))
+            return total + _dot("bngxey,bneyk->bxngk", d_scores, key)
 
-        return jax.lax.fori_loop(0, lists.turns(i), add, jnp.zeros(queries.shape)).astype(q.dtype)
+        total = jax.lax.fori_loop(0, rows.needed[i], add, jnp.zeros(queries.shape))
+        return _put(dq, total, i * settings.block_q, axis=1)
 
-    def dkv_of_column(j):
-        key, value = blocks.k[:, :, j], blocks.v[:, :, j]
+    def dkv_of_column(j, gradients):
+        key, value = of_tiles.key_block(k, j), of_tiles.key_block(v, j)
 
-        def add(turn, carry):
+        def add(turn, totals):
             at, is_live = columns.entries(j, turn)
-            queries, do, lse, delta = (_take(x, at) for x in blocks.of_queries)
+            queries, do_at = of_tiles.take_queries(q, at), of_tiles.take_queries(do, at)
+            lse_at, delta_at = (of_tiles.take_statistics(x, at)[..., None] for x in (lse, delta))
             weights, d_scores = weights_and_d_scores(
-                "bnegxk,bnyk->bnegxy", queries, key, "bnegxv,bnyv->bnegxy", value,
-                lse[..., None], delta[..., None], do, _allowed_in_column(settings, blocks, j, at, is_live))
-            dk, dv = carry
-            return (dk + _dot("bnegxy,bnegxk->bnyk", d_scores, queries),
-                    dv + _dot("bnegxy,bnegxv->bnyv", weights, do))
+                "bnexgk,bynk->bnegxy", queries, key, "bnexgv,bynv->bnegxy", do_at, value, lse_at, delta_at,
+                of_tiles.allowed_in_column(j, at, is_live))
+            dk, dv = totals
+            return (dk + _dot("bnegxy,bnexgk->bynk", d_scores, queries),
+                    dv + _dot("bnegxy,bnexgv->bynv", weights, do_at))
 
-        start = jnp.zeros(key.shape), jnp.zeros(value.shape)
-        return jax.lax.fori_loop(0, columns.turns(j), add, start)
+        totals = jax.lax.fori_loop(0, columns.needed[j], add, (jnp.zeros(key.shape), jnp.zeros(value.shape)))
+        # Lists of query heads that share keys each have their part of the gradient.
+        totals = [x.reshape(*x.shape[:2], k.shape[2], -1, x.shape[3]).sum(axis=3) for x in totals]
+        return tuple(_put(gradient, total, j * settings.block_k, axis=1)
+                     for gradient, total in zip(gradients, totals, strict=True))
 
-    dq = jax.lax.map(dq_of_row, jnp.arange(blocks.ids.shape[2]))
-    dk, dv = jax.lax.map(dkv_of_column, jnp.arange(blocks.k.shape[2]))
-    return _join_query_blocks(dq), _join_key_blocks(dk, k), _join_key_blocks(dv, v)
+    dq = jax.lax.fori_loop(0, q.shape[1] // settings.block_q, dq_of_row, jnp.zeros_like(q))
+    dk, dv = jax.lax.fori_loop(
+        0, k.shape[1] // settings.block_k, dkv_of_column, (jnp.zeros_like(k), jnp.zeros_like(v)))
+    return dq, dk, dv
 
 
 class _Lists(NamedTuple):
-    """Lists in turns of e entries each: [b, n, i, turns, e]."""
+    """Lists in turns of e entries each: [b, n, blocks, turns, e]."""
 
     ids: jax.Array
     is_live: jax.Array
-    needed: jax.Array  # [i] turns that the longest list needs
+    needed: jax.Array  # [blocks] turns that the longest list needs
 
     @classmethod
     def of(cls, ids: jax.Array, kinds: jax.Array, block: int) -> "_Lists":
@@ -117,73 +127,107 @@ class _Lists(NamedTuple):
         in_turns = (*ids.shape[:3], -1, per_turn)
         return cls(ids.reshape(in_turns), is_live.reshape(in_turns), -(-count // per_turn))
 
-    def turns(self, block: jax.Array) -> jax.Array:
-        return self.needed[block]
-
     def entries(self, block: jax.Array, turn: jax.Array) -> tuple[jax.Array, jax.Array]:
         return self.ids[:, :, block, turn], self.is_live[:, :, block, turn]
 
 
-class _Blocks(NamedTuple):
-    """Arrays cut into blocks, with a copy of the keys for each head that has a list."""
+class _OfTiles:
+    """Cuts out of whole arrays what some tiles need, and says which of their pairs are allowed."""
 
-    of_queries: tuple[jax.Array, ...]  # [b, n, i, g, x, ...] each
-    k: jax.Array                       # [b, n, j, y, k]
-    v: jax.Array                       # [b, n, j, y, v]
-    q_rows: jax.Array                  # [b, i, 2, x]
-    kv_rows: jax.Array                 # [b, n, j, 2, y]
-    words: jax.Array | None            # [b, n, i, w, x]
-    ids: jax.Array                     # [b, n, i, l]
-    kinds: jax.Array                   # [b, n, i, l]
-
-    @classmethod
-    def of(cls, settings: Settings, k: jax.Array, v: jax.Array, tiles: Tiles, *of_queries: jax.Array) -> "_Blocks":
-        batch, num_heads = of_queries[0].shape[:2]
-        num_lists = max(k.shape[1], tiles.ids.shape[1])
-
-        def query_blocks(x):
-            x = x.reshape(batch, num_lists, num_heads // num_lists, -1, settings.block_q, *x.shape[3:])
-            return jnp.moveaxis(x, 3, 2)
-
-        def key_blocks(x):
-            x = jnp.repeat(x, num_lists // x.shape[1], axis=1)
-            return x.reshape(batch, num_lists, -1, settings.block_k, x.shape[-1])
-
-        def token_blocks(rows, block):
-            return rows.reshape(*rows.shape[:-1], -1, block).swapaxes(-3, -2)
+    def __init__(self, settings: Settings, tiles: Tiles, *, num_key_heads: int) -> None:
+        self.settings, self.tiles = settings, tiles
+        self.batch, self.num_lists = tiles.q_rows.shape[0], max(num_key_heads, tiles.ids.shape[1])
 
         def per_list(x):
-            return jnp.broadcast_to(x, (batch, num_lists, *x.shape[2:]))
+            return jnp.broadcast_to(x, (self.batch, self.num_lists, *x.shape[2:]))
 
-        words = None if tiles.row_select is None else per_list(token_blocks(tiles.row_select, settings.block_q))
-        return cls(
-            tuple(map(query_blocks, of_queries)), key_blocks(k), key_blocks(v),
-            token_blocks(tiles.q_rows, settings.block_q),
-            per_list(token_blocks(tiles.kv_rows, settings.block_k)[:, None]),
-            words, per_list(tiles.ids), per_list(tiles.kinds))
+        self.ids, self.kinds = per_list(tiles.ids), per_list(tiles.kinds)
+        self.words = None if tiles.row_select is None else per_list(tiles.row_select)  # [b, n, w, T]
+
+    def rows(self) -> _Lists:
+        return _Lists.of(*live_first(self.ids, self.kinds), self.settings.block_k)
+
+    def columns(self, num_key_blocks: int) -> _Lists:
+        return _Lists.of(*transpose(self.ids, self.kinds, num_key_blocks), self.settings.block_q)
+
+    def query_block(self, x: jax.Array, i: jax.Array) -> jax.Array:
+        """[b, T, h, k] -> [b, x, n, g, k]."""
+        block = jax.lax.dynamic_slice_in_dim(x, i * self.settings.block_q, self.settings.block_q, axis=1)
+        return block.reshape(*block.shape[:2], self.num_lists, -1, x.shape[-1])
+
+    def statistics_block(self, x: jax.Array, i: jax.Array) -> jax.Array:
+        """[b, h, T] -> [b, n, g, x]."""
+        block = jax.lax.dynamic_slice_in_dim(x, i * self.settings.block_q, self.settings.block_q, axis=2)
+        return block.reshape(self.batch, self.num_lists, -1, self.settings.block_q)
+
+    def key_block(self, x: jax.Array, j: jax.Array) -> jax.Array:
+        """[b, S, hk, k] -> [b, y, n, k]."""
+        block = jax.lax.dynamic_slice_in_dim(x, j * self.settings.block_k, self.settings.block_k, axis=1)
+        return jnp.repeat(block, self.num_lists // x.shape[2], axis=2)
+
+    def take_keys(self, x: jax.Array, at: jax.Array) -> jax.Array:
+        """[b, S, hk, k] and blocks [b, n, e] -> [b, n, e, y, k]."""
+        blocks = x.reshape(x.shape[0], -1, self.settings.block_k, *x.shape[2:])
+        head = jnp.arange(self.num_lists) // (self.num_lists // x.shape[2])
+        return blocks[self._row, at, :, head[:, None]]
+
+    def take_queries(self, x: jax.Array, at: jax.Array) -> jax.Array:
+        """[b, T, h, k] and blocks [b, n, e] -> [b, n, e, x, g, k]."""
+        per_list = (self.num_lists, x.shape[2] // self.num_lists)
+        blocks = x.reshape(x.shape[0], -1, self.settings.block_q, *per_list, x.shape[3])
+        return blocks[self._row, at, :, self._list]
+
+    def take_statistics(self, x: jax.Array, at: jax.Array) -> jax.Array:
+        """[b, h, T] and blocks [b, n, e] -> [b, n, e, g, x]."""
+        blocks = x.reshape(x.shape[0], self.num_lists, x.shape[1] // self.num_lists, -1, self.settings.block_q)
+        return blocks[self._row, self._list, :, at]
+
+    def allowed_in_row(self, i: jax.Array, at: jax.Array, is_live: jax.Array) -> jax.Array:
+        """[b, n, 1, x, e, y]: pairs of the query block i and the key blocks `at` [b, n, e]."""
+        q_rows = self._tokens(self.tiles.q_rows, self.settings.block_q)[:, :, i][:, :, None, :, None, None]
+        kv_rows = self._take_tokens(self.tiles.kv_rows, self.settings.block_k, at)[:, :, :, None]
+        allowed = may_attend(q_rows[:, 0], q_rows[:, 1], kv_rows[:, 0], kv_rows[:, 1],
+                             causal=self.settings.causal, window=self.settings.window)  # [b, n, x, e, y]
+        if self.words is not None:
+            words = jax.lax.dynamic_slice_in_dim(
+                self.words, i * self.settings.block_q, self.settings.block_q, axis=3)
+            words = jnp.take_along_axis(words, at[..., None] // SELECT_BITS, axis=2)  # [b, n, e, x]
+            allowed &= is_selected(words, at[..., None]).swapaxes(-1, -2)[..., None]
+        return (allowed & is_live[:, :, None, :, None])[:, :, None]
+
+    def allowed_in_column(self, j: jax.Array, at: jax.Array, is_live: jax.Array) -> jax.Array:
+        """[b, n, e, 1, x, y]: pairs of the query blocks `at` [b, n, e] and the key block j."""
+        q_rows = self._take_tokens(self.tiles.q_rows, self.settings.block_q, at)[..., None]
+        kv_rows = self._tokens(self.tiles.kv_rows, self.settings.block_k)[:, :, j][:, :, None, None, None]
+        allowed = may_attend(q_rows[:, 0], q_rows[:, 1], kv_rows[:, 0], kv_rows[:, 1],
+                             causal=self.settings.causal, window=self.settings.window)  # [b, n, e, x, y]
+        if self.words is not None:
+            words = self.words[:, :, j // SELECT_BITS]
+            words = words.reshape(*words.shape[:2], -1, self.settings.block_q)[self._row, self._list, at]
+            allowed &= is_selected(words, j)[..., None]
+        return (allowed & is_live[..., None, None])[:, :, :, None]
+
+    @property
+    def _row(self) -> jax.Array:
+        return jnp.arange(self.batch)[:, None, None]
+
+    @property
+    def _list(self) -> jax.Array:
+        return jnp.arange(self.num_lists)[:, None]
+
+    def _tokens(self, rows: jax.Array, block: int) -> jax.Array:
+        """[b, 2, T] -> [b, 2, blocks, block]."""
+        return rows.reshape(self.batch, 2, -1, block)
+
+    def _take_tokens(self, rows: jax.Array, block: int, at: jax.Array) -> jax.Array:
+        """[b, 2, T] and blocks [b, n, e] -> [b, 2, n, e, block]."""
+        return jnp.moveaxis(self._tokens(rows, block)[self._row, :, at], 3, 1)
 
 
-def _allowed_in_row(settings, blocks, i, at, is_live):
-    """[b, n, 1, x, e, y]: pairs of the query block i and the key blocks `at` [b, n, e]."""
-    q_rows, kv_rows = blocks.q_rows[:, None, i, :, :, None, None], _take(blocks.kv_rows, at)[:, :, None]
-    allowed = may_attend(q_rows[:, :, 0], q_rows[:, :, 1], kv_rows[:, :, :, :, 0], kv_rows[:, :, :, :, 1],
-                         causal=settings.causal, window=settings.window)
-    if blocks.words is not None:
-        words = jnp.take_along_axis(blocks.words[:, :, i], at[..., None] // 32, axis=2)  # [b, n, e, x]
-        allowed &= is_selected(words, at[..., None]).swapaxes(-1, -2)[..., None]
-    return (allowed & is_live[:, :, None, :, None])[:, :, None]
-
-
-def _allowed_in_column(settings, blocks, j, at, is_live):
-    """[b, n, e, 1, x, y]: pairs of the query blocks `at` [b, n, e] and the key block j."""
-    q_rows = jnp.broadcast_to(blocks.q_rows[:, None], (*at.shape[:2], *blocks.q_rows.shape[1:]))
-    q_rows = _take(q_rows, at)[..., None]
-    kv_rows = blocks.kv_rows[:, :, None, j, :, None]
-    allowed = may_attend(q_rows[:, :, :, 0], q_rows[:, :, :, 1], kv_rows[:, :, :, 0], kv_rows[:, :, :, 1],
-                         causal=settings.causal, window=settings.window)
-    if blocks.words is not None:
-        allowed &= is_selected(_take(blocks.words[:, :, :, j // 32], at), j)[..., None]
-    return (allowed & is_live[..., None, None])[:, :, :, None]
+def _put(whole: jax.Array, block: jax.Array, start: jax.Array, *, axis: int) -> jax.Array:
+    """Writes `block`, whose lists and heads are apart, into `whole` from `start` on."""
+    block = block.reshape(*whole.shape[:axis], -1, *whole.shape[axis + 1 :]).astype(whole.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(whole, block, start, axis)
 
 
 def _scores(
@@ -200,20 +244,3 @@ def _scores(
 def _dot(pairs: str, x: jax.Array, y: jax.Array) -> jax.Array:
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jnp.einsum(pairs, x, y, precision=precision, preferred_element_type=jnp.float32)
-
-
-def _take(blocks: jax.Array, at: jax.Array) -> jax.Array:
-    """[b, n, j, ...] and [b, n, e] -> [b, n, e, ...]."""
-    return jax.vmap(jax.vmap(lambda of_list, ids: of_list[ids]))(blocks, at)
-
-
-def _join_query_blocks(x: jax.Array) -> jax.Array:
-    """[i, b, n, g, x, ...] -> [b, h, T, ...]."""
-    x = jnp.moveaxis(x, 0, 3)
-    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], x.shape[3] * x.shape[4], *x.shape[5:])
-
-
-def _join_key_blocks(x: jax.Array, like: jax.Array) -> jax.Array:
-    """[j, b, n, y, ...] float32 -> [b, hk, S, ...] in the dtype of `like`, summed over heads that share keys."""
-    x = jnp.moveaxis(x, 0, 2)
-    return jnp.sum(x.reshape(like.shape[0], like.shape[1], -1, *like.shape[2:]), axis=2).astype(like.dtype)
