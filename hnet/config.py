@@ -136,6 +136,7 @@ class HNetConfig:
                 raise ValueError(f"stage{index}.decoder is empty; only the innermost stage has none")
             if index > 0 and stage.router in ("space", "entropy") and not is_innermost:
                 raise ValueError(f"stage{index}.router {stage.router!r} looks at bytes, which only stage0 sees")
+        self._check_merging()
         if self.bfloat16_dechunk and any(stage.upsampler != "smooth" for stage in self.stages[:-1]):
             raise ValueError("bfloat16_dechunk rounds the smoothing over chunks; set every upsampler to 'smooth'")
         needs_lm = len(self.stages) > 1 and self.stages[0].router == "entropy"
@@ -146,6 +147,17 @@ class HNetConfig:
                              f"{self.vocab_size}: both read the same tokens")
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype {self.dtype!r} is not one of float32, bfloat16")
+
+    def _check_merging(self) -> None:
+        """What 'merge' keeps of a row must depend on the row alone, or training and decoding would differ."""
+        rows_are_shared = False
+        for index, stage in enumerate(self.stages[:-1]):
+            if rows_are_shared and stage.overflow == "merge" and stage.capacity < 1:
+                raise ValueError(
+                    f"stage{index}.overflow 'merge' within a stage that grows or is packed: which boundaries it "
+                    f"keeps would depend on other rows; set stage{index}.overflow to 'grow' or 'error', or its "
+                    "capacity to 1")
+            rows_are_shared |= stage.packed or (stage.overflow == "grow" and stage.capacity < 1)
 
     @property
     def compute_dtype(self) -> jnp.dtype:

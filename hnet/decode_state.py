@@ -57,12 +57,14 @@ def init_decode_state(config: HNetConfig, batch: int, max_length: int) -> Decode
         raise ValueError(f"a decode state needs at least 1 row of 1 token, not {batch} of {max_length}")
     dtype = config.compute_dtype
 
-    def of_stage(index: int, length: int) -> StageState:
+    def of_stage(index: int, length: int, slots: int) -> StageState:
+        """`length` tokens may come; a row of training has `slots` for them, of which "merge" fills a part."""
         stage = config.stages[index]
         encoder = empty_state(stage.encoder_runs, stage, batch, length, dtype)
         if not stage.decoder:
             return StageState(encoder)
-        num_chunks = num_slots(stage.capacity, length) if stage.overflow == "merge" else length
+        inner_slots = slots if stage.overflow == "grow" else num_slots(stage.capacity, slots)
+        num_chunks = inner_slots if stage.overflow == "merge" else length
         value = jnp.zeros((batch, stage.width), jnp.float32)
         return StageState(
             encoder,
@@ -72,7 +74,7 @@ def init_decode_state(config: HNetConfig, batch: int, max_length: int) -> Decode
             token_value=value if stage.upsampler == "smooth_tokens" else None,
             num_chunks=jnp.zeros(batch, jnp.int32),
             decoder=empty_state(stage.decoder_runs, stage, batch, length, dtype),
-            inner=of_stage(index + 1, num_chunks),
+            inner=of_stage(index + 1, num_chunks, inner_slots),
             max_chunks=num_chunks,
         )
 
@@ -80,7 +82,7 @@ def init_decode_state(config: HNetConfig, batch: int, max_length: int) -> Decode
     if config.boundary_lm is not None:
         lm = init_decode_state(config.boundary_lm, batch, max_length)
         boundary = BoundaryState(lm, jnp.zeros(batch, jnp.float32))
-    return DecodeState(of_stage(0, max_length), jnp.zeros(batch, jnp.int32), boundary, max_length)
+    return DecodeState(of_stage(0, max_length, max_length), jnp.zeros(batch, jnp.int32), boundary, max_length)
 
 
 def advance(before: StageState, after: StageState) -> StageState:

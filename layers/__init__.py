@@ -7,6 +7,12 @@ from layers.attention import (
     dot_product_attention,
     masked_attention,
 )
+from layers.block_lists import BlockLists
+from layers.block_sparse_attention import (
+    block_sparse_attention,
+    merge_by_lse,
+    sharded_block_sparse_attention,
+)
 from layers.causal_conv import CausalDepthwiseConv, causal_depthwise_conv
 from layers.dynamic_chunking import (
     ChunkPlan,
@@ -21,6 +27,7 @@ from layers.dynamic_chunking import (
 )
 from layers.feed_forward import SwiGLU
 from layers.mamba2 import Mamba2, Mamba2State
+from layers.mask_spec import MaskSpec, pack_row_select
 from layers.norms import RMSNorm, rms_norm
 from layers.ratio_loss import ratio_loss
 from layers.rotary import rotary
@@ -39,10 +46,11 @@ from layers.smoothing import smooth
 from layers.ssd import ssd_scan
 
 __all__ = [
-    "Attention", "CausalDepthwiseConv", "ChunkPlan", "CosineRouter", "GivenRouter", "KVCache", "KVUpdate",
-    "Mamba2", "Mamba2State", "PoolState", "RMSNorm", "RouterHints", "RouterState", "SpaceRouter",
-    "StrideRouter", "SwiGLU", "assign_chunks", "boundary_probability", "cached_attention",
-    "causal_depthwise_conv", "chunk", "chunk_pooled", "dechunk", "dot_product_attention", "is_spacelike",
-    "last_real", "masked_attention", "pack_rows", "pack_segments", "ratio_loss", "rms_norm", "rotary",
-    "segment_ordinals", "segment_positions", "segment_starts", "smooth", "ssd_scan", "straight_through",
+    "Attention", "BlockLists", "CausalDepthwiseConv", "ChunkPlan", "CosineRouter", "GivenRouter", "KVCache",
+    "KVUpdate", "Mamba2", "Mamba2State", "MaskSpec", "PoolState", "RMSNorm", "RouterHints", "RouterState",
+    "SpaceRouter", "StrideRouter", "SwiGLU", "assign_chunks", "block_sparse_attention", "boundary_probability",
+    "cached_attention", "causal_depthwise_conv", "chunk", "chunk_pooled", "dechunk", "dot_product_attention",
+    "is_spacelike", "last_real", "masked_attention", "merge_by_lse", "pack_row_select", "pack_rows",
+    "pack_segments", "ratio_loss", "rms_norm", "rotary", "segment_ordinals", "segment_positions",
+    "segment_starts", "sharded_block_sparse_attention", "smooth", "ssd_scan", "straight_through",
 ]

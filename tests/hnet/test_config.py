@@ -114,8 +114,11 @@ def test_ways_to_chunk_that_do_not_fit_together_are_refused(fields, message):
     ((_chunking(router="entropy"), INNERMOST), dict(boundary_lm=HNetConfig(stages=(INNERMOST,), vocab_size=9)),
      "boundary_lm.vocab_size 9 must be vocab_size 256"),
     ((_chunking(upsampler="none"), INNERMOST), dict(bfloat16_dechunk=True), "set every upsampler to 'smooth'"),
+    ((_chunking(capacity=0.5, overflow="grow"), _chunking(capacity=0.5), INNERMOST), {},
+     "stage1.overflow 'merge'"),
+    ((_chunking(packed=True), _chunking(), _chunking(capacity=0.5), INNERMOST), {}, "stage2.overflow 'merge'"),
 ])
-def test_a_model_refuses_routers_and_rounding_that_would_do_nothing(stages, model, message):
+def test_a_model_refuses_stages_that_do_not_go_together(stages, model, message):
     with pytest.raises(ValueError, match=message):
         HNetConfig(stages=stages, **model)
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hnet import HNetConfig, HNetLM, init_decode_state, load_official_params
+from hnet import HNetConfig, HNetLM, StageConfig, init_decode_state, load_official_params
 from tests.assertions import GOLDEN_LOGITS_ERROR, golden
 from tests.hnet.models import clear_tokens, random_params, two_stage_config
 
@@ -113,3 +113,14 @@ def test_attention_outside_a_window_and_tied_embeddings_decode_too():
     for index in range(2, 14):
         output = _step(config)(params, tokens[:, index, None], ones[:, :1], output.state)
         np.testing.assert_allclose(output.logits[:, 0], whole[:, index], atol=GOLDEN_LOGITS_ERROR)
+
+
+def test_what_a_row_may_merge_to_is_that_of_a_row_in_training():
+    """0.5 of the 8 slots in which stage0 has an error past the last, not of the 16 tokens it makes room for."""
+    common = dict(width=16, num_heads=2, capacity=0.5)
+    config = HNetConfig(stages=(
+        StageConfig(encoder="t1", decoder="t1", overflow="error", **common),
+        StageConfig(encoder="t1", decoder="t1", overflow="merge", **common),
+        StageConfig(encoder="t1", decoder="", **common)))
+    stage = init_decode_state(config, 1, 16).stage
+    assert (stage.max_chunks, stage.inner.max_chunks) == (16, 4)

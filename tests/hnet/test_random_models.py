@@ -28,9 +28,9 @@ class Case(NamedTuple):
 
 
 @st.composite
-def stages(draw, *, is_outermost: bool, width: int) -> StageConfig:
+def stages(draw, *, is_outermost: bool, width: int, policies: list[str]) -> StageConfig:
     letters = st.sampled_from(["t1", "m1", "T1", "M1"])
-    overflow = draw(st.sampled_from(["error", "grow", "merge"]))
+    overflow = draw(st.sampled_from(policies))
     return StageConfig(
         width=width, encoder=draw(letters), decoder=draw(letters), window=draw(st.sampled_from([-1, 2])),
         router=draw(st.sampled_from(["learned", "learned", "stride", *(["space"] if is_outermost else [])])),
@@ -45,7 +45,13 @@ def stages(draw, *, is_outermost: bool, width: int) -> StageConfig:
 def cases(draw) -> Case:
     num_chunking = draw(st.integers(0, 3))
     widths = sorted(draw(st.lists(st.sampled_from([8, 16]), min_size=num_chunking + 1, max_size=num_chunking + 1)))
-    chunking = [draw(stages(is_outermost=i == 0, width=widths[i])) for i in range(num_chunking)]
+    chunking: list[StageConfig] = []
+    for index in range(num_chunking):
+        # Within these, what "merge" keeps would depend on other rows: the config refuses it.
+        is_shared = any(
+            stage.packed or (stage.overflow == "grow" and stage.capacity < 1) for stage in chunking)
+        policies = ["error", "grow"] if is_shared else ["error", "grow", "merge"]
+        chunking.append(draw(stages(is_outermost=index == 0, width=widths[index], policies=policies)))
     inner = StageConfig(width=widths[-1], encoder=draw(st.sampled_from(["t1", "m1"])), decoder="", **COMMON)
     length, seed = draw(st.integers(1, 13)), draw(st.integers(0, 2**16))
     rng = np.random.default_rng(seed)
