@@ -188,7 +188,7 @@ def pack_row_select(selected: Bool[Array, "b m t j"]) -> Int[Array, "b m w t"]:
 
 def is_selected(words: jax.Array, block: jax.Array) -> jax.Array:
     """Bit `block` mod 32 of each word, as bool; the words are those that hold the block."""
-    return ((words >> (block % SELECT_BITS)) & 1) == 1
+    return ((words >> (block & (SELECT_BITS - 1))) & 1) == 1
 
 
 @typed

@@ -205,7 +205,7 @@ class _Call:
         """Where the list of a grid step begins in the flat work list."""
         rows, lists, room = self.work.shape
         row = grid_ids[0] if rows > 1 else 0
-        return (row * lists + self.head(grid_ids) // (self.num_heads // lists)) * room
+        return (row * lists + _share(self.head(grid_ids), self.num_heads // lists)) * room
 
     def _spec(self, x: jax.Array, kind: str) -> pl.BlockSpec:
         block_q, block_k = self.settings.block_q, self.settings.block_k
@@ -220,7 +220,7 @@ class _Call:
             return index_map
 
         def its(h):  # the head of x that serves query head h
-            return h // (self.num_heads // x.shape[1])
+            return _share(h, self.num_heads // x.shape[1])
 
         shape, place = {
             "queries": ((squeezed, squeezed, block_q, x.shape[-1]), lambda b, h, i, j: (b, h, i, 0)),
@@ -366,8 +366,13 @@ def _allowed(settings: Settings, q_rows_ref, kv_rows_ref, select, key_block) -> 
         q_rows_ref[0:1, :], q_rows_ref[1:2, :], _column(kv_rows_ref[0:1, :]), _column(kv_rows_ref[1:2, :]),
         causal=settings.causal, window=settings.window)
     if select:
-        allowed &= is_selected(select[0][pl.ds(key_block // SELECT_BITS, 1), :], key_block)
+        allowed &= is_selected(select[0][pl.ds(_share(key_block, SELECT_BITS), 1), :], key_block)
     return allowed
+
+
+def _share(index: jax.Array, size: int) -> jax.Array:
+    """Which group of `size` an index is in. `//` looks at signs, for which a kernel must know its chip."""
+    return lax.div(index, jnp.int32(size))
 
 
 def _column(row: jax.Array) -> jax.Array:
