@@ -1,6 +1,6 @@
 # make train   trains the quick-start H-Net on this machine into runs/quickstart
 # make test    runs the tests, without those marked slow; make test-slow runs those
-# make lint    checks style;  make test-tpu-aot compiles the train step for TPUs, without one
+# make lint    checks style;  make test-tpu-aot compiles kernels and the train step for TPUs, without one
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
@@ -20,7 +20,7 @@ test-slow: $(STAMP)
 test-tpu-aot:
 	$(PYTHON) -m venv .venv-plan
 	.venv-plan/bin/python -m pip install --quiet --editable '.[test,plan]'
-	.venv-plan/bin/python -m pytest -m slow tests/experiments/test_tpu_compile.py
+	.venv-plan/bin/python -m pytest -m slow tests/test_kernels.py tests/experiments/test_tpu_compile.py
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

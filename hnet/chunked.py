@@ -83,7 +83,9 @@ def _way(run: Callable[..., Chunked], size: int) -> Callable[..., Chunked]:
     """`run` with `size` slots, and results whose shapes do not depend on that."""
     def way(inner, h, boundary_prob, segment_ids, boundary_levels):
         result = run(inner, h, boundary_prob, segment_ids, boundary_levels, None, size=size)
-        stages = {name: stage.padded_to(h.shape[1]) for name, stage in result.stages.items()}
+        # Where rows within share buffers there are fewer of them, for as many tokens.
+        stages = {name: stage.padded_to(h.shape[0] * h.shape[1] // stage.boundary_mask.shape[0])
+                  for name, stage in result.stages.items()}
         return result._replace(stages=stages)
 
     return way

@@ -172,10 +172,9 @@ class BlockLists:
 
     def without_bad_entries(self) -> "BlockLists":
         """Moves entries that name no block, and counts past the end, to `overflow`."""
-        is_live = self.is_live()
-        is_good = is_live & (self.ids >= 0) & (self.ids < self.num_key_blocks)
-        order = jnp.argsort(~is_good, axis=-1, stable=True)
+        is_good = self.is_live() & (self.ids >= 0) & (self.ids < self.num_key_blocks)
         counts = jnp.sum(is_good, axis=-1, dtype=jnp.int32)
-        ids = jnp.clip(jnp.take_along_axis(self.ids, order, axis=-1), 0, self.num_key_blocks - 1)
+        ids = jnp.sort(jnp.where(is_good, self.ids, self.num_key_blocks), axis=-1)
+        ids = jnp.minimum(ids, self.num_key_blocks - 1)
         missing = jnp.maximum(self.counts, 0) - counts
         return dataclasses.replace(self, counts=counts, ids=ids, overflow=self.overflow + missing)

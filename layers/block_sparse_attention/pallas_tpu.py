@@ -129,10 +129,8 @@ def work_list(ids: jax.Array, kinds: jax.Array, num_key_blocks: int | None = Non
     is_live = kinds > NOTHING
     unused = jnp.iinfo(jnp.int32).max
     entries = jnp.where(is_live, (outer << (BLOCK_BITS + 2)) | (inner << 2) | kinds, unused)
-    is_untouched = jnp.put_along_axis(
-        jnp.ones((*flat[:2], num_outer), bool), jnp.where(is_live, outer, num_outer), False,
-        axis=-1, inplace=False, mode="drop")
-    idle = jnp.where(is_untouched, jnp.arange(num_outer) << (BLOCK_BITS + 2), unused)
+    is_touched = jnp.any((outer[..., None] == jnp.arange(num_outer)) & is_live[..., None], axis=-2)
+    idle = jnp.where(is_touched, unused, jnp.arange(num_outer) << (BLOCK_BITS + 2))
     entries = jnp.sort(jnp.concatenate([entries, idle], axis=-1), axis=-1)
     count = jnp.sum(entries != unused, axis=-1, dtype=jnp.int32)
     last = jnp.take_along_axis(entries, count[..., None] - 1, axis=-1) & ~3  # the same tile, with nothing to do

@@ -49,9 +49,9 @@ def make_tiles(blocks: BlockLists, spec: MaskSpec, batch: int, num_queries: int,
     blocks = blocks.without_bad_entries()
     shape = (max(blocks.ids.shape[0], rows.of_keys.shape[0], rows.of_queries.shape[0]), *blocks.ids.shape[1:])
     ids = jnp.broadcast_to(blocks.ids, shape)
-    of_entry = jax.tree.map(
-        lambda x: jnp.take_along_axis(jnp.broadcast_to(x[:, None, None], (*shape[:3], x.shape[-1])), ids, axis=-1),
-        kv_bounds)
+    # Row by row: of libtpu 0.0.52, a gather along the last of four axes crashes the compiler.
+    take = jax.vmap(lambda of_row, at: of_row[at])
+    of_entry = jax.tree.map(lambda x: take(jnp.broadcast_to(x, (shape[0], x.shape[1])), ids), kv_bounds)
     some, everything = some_and_all(spec, jax.tree.map(lambda x: x[:, None, :, None], q_bounds), of_entry)
     kinds = jnp.where(everything, ALL, jnp.where(some, SOME, NOTHING))
     kinds = jnp.where(blocks.is_live(), kinds, NOTHING).astype(jnp.int32)

@@ -1,14 +1,13 @@
 """The sharded train step compiles for real TPU topologies, without a TPU. `make test-tpu-aot` runs this."""
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.kernels import HAS_LIBTPU, OFFLINE, ROOT
+
 PROGRAM = """
 import json, sys
 import jax, jax.numpy as jnp
@@ -33,14 +32,10 @@ memory = compiled.memory_analysis()
 print(json.dumps({"temporary_bytes": memory.temp_size_in_bytes, "argument_bytes": memory.argument_size_in_bytes,
                   "devices": len(kernel.device_set), "is_replicated": kernel.is_fully_replicated}))
 """
-OFFLINE = {  # the compiler neither looks for a TPU nor refuses a second user of its library
-    "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-}
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="no libtpu here: make test-tpu-aot")
+@pytest.mark.skipif(not HAS_LIBTPU, reason="no libtpu here: make test-tpu-aot")
 @pytest.mark.parametrize(("topology", "dtype"), [
     ("v5e:2x2", "float32"), ("v5e:2x2", "bfloat16"), ("v6e:2x2", "bfloat16"), ("v5p:2x2x1", "float32")])
 def test_the_sharded_train_step_compiles_for(topology, dtype):

@@ -9,7 +9,7 @@ import pytest
 from experiments.mesh import batch_sharding, make_mesh, use_mesh
 from hnet import HNetConfig, HNetLM, StageConfig
 from tests.assertions import SAME_COMPUTATION, assert_golden
-from tests.hnet.models import clear_tokens, compiled, one_stage_config, random_params
+from tests.hnet.models import clear_tokens, compiled, one_stage_config, random_params, two_stage_config
 
 T = 32
 CONFIG = one_stage_config()
@@ -140,3 +140,17 @@ def test_rematerialisation_of_a_stage_saves_memory():
 
     none, dots, block = (of_inner(remat) for remat in ("none", "dots", "block"))
     assert block < dots < none
+
+
+def test_a_stage_may_grow_around_one_whose_rows_are_packed():
+    """Rows, then buffers: the results of every way through the grown stage have one shape."""
+    config = two_stage_config()
+    config = dataclasses.replace(config, stages=(
+        dataclasses.replace(config.stages[0], capacity=0.3, overflow="grow", grow_to=(0.6, 1.0)),
+        dataclasses.replace(config.stages[1], overflow="error", packed=True), config.stages[2]))
+    params = random_params(config)
+    grown = compiled(config)(params, TOKENS, ONES)
+    whole = compiled(config.at_full_capacity())(params, TOKENS, ONES)
+    np.testing.assert_allclose(grown.logits, whole.logits, atol=SAME_COMPUTATION)
+    outer, inner = grown.stages["stage0"], grown.stages["stage1"]
+    assert inner.mask.shape[0] == 1 and inner.mask.sum() == outer.boundary_mask.sum()

@@ -1,0 +1,116 @@
+"""How Pallas kernels are checked without their hardware. A kernel gets all of it from one entry in KERNELS.
+
+  interpreted on CPU         with the other implementations, in the test matrix of its op
+  TPU interpreter            semaphores, memory spaces, blocks out of range and races between cores, as on a chip
+  compiled ahead of time     for real chips, with their limits of vector and scalar memory (needs libtpu)
+
+Paths into jax that are not public are all here.
+"""
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
+
+from tests.layers.block_sparse_attention.cases import Case, draw_inputs, values_and_gradients
+
+TPU_TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
+OFFLINE = {  # the compiler neither looks for a TPU nor refuses a second user of its library
+    "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+}
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Kernel(NamedTuple):
+    """A TPU kernel, with inputs for an interpreter and for a compiler.
+
+    Attributes:
+      run: called with inputs and `interpret`; returns arrays, from the kernel and its gradient.
+      expected: the same arrays, from inputs by the spec.
+      small: makes inputs that an interpreter runs in seconds.
+      large: makes inputs of a size that is trained on, of which the compiler sees the shapes.
+    """
+
+    run: Callable[[Any, Any], Any]
+    expected: Callable[[Any], Any]
+    small: Callable[[], Any]
+    large: Callable[[], Any]
+
+
+def _block_sparse(small: Case, large: Case) -> Kernel:
+    def run(inputs, interpret):
+        return values_and_gradients(inputs, implementation="pallas_tpu", interpret=interpret)[:2]
+
+    def expected(inputs):
+        return values_and_gradients(inputs, implementation="reference")[:2]
+
+    return Kernel(run, expected, lambda: draw_inputs(small), lambda: draw_inputs(large))
+
+
+_SMALL = dict(b=1, t=256, s=256, heads=2, key_heads=1, width=64, value_width=32, block_q=128, block_k=128)
+_LARGE = dict(b=2, t=4096, s=4096, heads=8, key_heads=2, width=128, value_width=128, block_q=512, block_k=512,
+              dtype="bfloat16")
+KERNELS = {
+    "block_sparse_attention": _block_sparse(
+        Case(lists=1, **_SMALL), Case(**_LARGE)),
+    "block_sparse_attention with everything": _block_sparse(
+        Case(lists=2, select=True, segments=True, window=100, softcap=5.0, **_SMALL),
+        Case(lists=8, select=True, segments=True, window=1000, softcap=30.0, **_LARGE)),
+    "block_sparse_attention float32, width 96": _block_sparse(
+        Case(lists=1, causal=False, **_SMALL | dict(t=200, width=32)),
+        Case(segments=True, **_LARGE | dict(width=96, value_width=64, block_q=256, dtype="float32"))),
+    "block_sparse_attention width 64, blocks of 128": _block_sparse(
+        Case(lists=1, offset=128, **_SMALL | dict(t=128)),
+        Case(**_LARGE | dict(width=64, value_width=64, block_q=128, block_k=128))),
+    "block_sparse_attention width 256, blocks of 1024": _block_sparse(
+        Case(lists=1, **_SMALL | dict(b=2, s=128, t=128)),
+        Case(**_LARGE | dict(width=256, value_width=192, block_q=512, block_k=1024))),
+}
+
+
+def run_in_tpu_interpreter(kernel: Kernel, inputs: Any) -> Any:
+    """Runs with races detected; on jax below 0.12 one raises nothing, but sets a flag."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    try:
+        results = jax.block_until_ready(kernel.run(inputs, pltpu.InterpretParams(detect_races=True)))
+    except Exception:
+        pltpu.reset_tpu_interpret_mode_state()
+        raise
+    assert interpret_pallas_call.races is None or not interpret_pallas_call.races.races_found, "a race"
+    return results
+
+
+def compile_for_tpu(kernel: Kernel, topology: str) -> jax.stages.Compiled:
+    """Compiles for one chip of `topology`; in a process with OFFLINE in its environment from the start."""
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    mesh = Mesh(np.array(devices[:1]), ("x",))
+    whole = NamedSharding(mesh, PartitionSpec())
+    inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
+                          jax.eval_shape(lambda inputs: inputs, kernel.large()))
+    with use_abstract_mesh(mesh.abstract_mesh):  # kernels may ask which chip they are lowered for
+        lowered = jax.jit(lambda inputs: kernel.run(inputs, False)).lower(inputs)
+    assert "tpu_custom_call" in lowered.as_text(), "no kernel in the program"
+    return lowered.compile()
+
+
+def compile_offline(topology: str, names: list[str]) -> subprocess.CompletedProcess:
+    """Compiles the named kernels in a process of their own, which prints a line for each."""
+    return subprocess.run([sys.executable, "-m", "tests.kernels", topology, *names],
+                          capture_output=True, text=True, cwd=ROOT, env=os.environ | OFFLINE)
+
+
+if __name__ == "__main__":
+    for name in sys.argv[2:]:
+        compiled = compile_for_tpu(KERNELS[name], sys.argv[1])
+        print(f"{name}: {compiled.memory_analysis().temp_size_in_bytes} temporary bytes", flush=True)
