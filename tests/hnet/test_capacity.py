@@ -145,12 +145,13 @@ def test_rematerialisation_of_a_stage_saves_memory():
 def test_a_stage_may_grow_around_one_whose_rows_are_packed():
     """Rows, then buffers: the results of every way through the grown stage have one shape."""
     config = two_stage_config()
+    outer, inner, innermost = config.stages
     config = dataclasses.replace(config, stages=(
-        dataclasses.replace(config.stages[0], capacity=0.3, overflow="grow", grow_to=(0.6, 1.0)),
-        dataclasses.replace(config.stages[1], overflow="error", packed=True), config.stages[2]))
+        dataclasses.replace(outer, capacity=0.3, overflow="grow", grow_to=(0.6, 1.0)),
+        dataclasses.replace(inner, overflow="error", packed=True), inner, innermost))
     params = random_params(config)
     grown = compiled(config)(params, TOKENS, ONES)
     whole = compiled(config.at_full_capacity())(params, TOKENS, ONES)
     np.testing.assert_allclose(grown.logits, whole.logits, atol=SAME_COMPUTATION)
-    outer, inner = grown.stages["stage0"], grown.stages["stage1"]
-    assert inner.mask.shape[0] == 1 and inner.mask.sum() == outer.boundary_mask.sum()
+    outside, inside = grown.stages["stage1"], grown.stages["stage2"]
+    assert inside.mask.shape[0] == 1 and inside.mask.sum() == outside.boundary_mask.sum()
