@@ -28,6 +28,7 @@ from layers.dynamic_chunking import (
 from layers.feed_forward import SwiGLU
 from layers.mamba2 import Mamba2, Mamba2State
 from layers.mask_spec import MaskSpec, pack_row_select
+from layers.native_sparse_attention import NativeSparseAttention, native_sparse_attention
 from layers.norms import RMSNorm, rms_norm
 from layers.ratio_loss import ratio_loss
 from layers.rotary import rotary
@@ -43,14 +44,27 @@ from layers.routers import (
 )
 from layers.segments import last_real, segment_ordinals, segment_positions, segment_starts
 from layers.smoothing import smooth
+from layers.sparse_attention import (
+    SparseAttention,
+    big_bird_attention,
+    dilated_attention,
+    document_attention,
+    moba_attention,
+    paged_attention,
+    selected_blocks_attention,
+    sliding_window_attention,
+)
 from layers.ssd import ssd_scan
 
 __all__ = [
     "Attention", "BlockLists", "CausalDepthwiseConv", "ChunkPlan", "CosineRouter", "GivenRouter", "KVCache",
-    "KVUpdate", "Mamba2", "Mamba2State", "MaskSpec", "PoolState", "RMSNorm", "RouterHints", "RouterState",
-    "SpaceRouter", "StrideRouter", "SwiGLU", "assign_chunks", "block_sparse_attention", "boundary_probability",
-    "cached_attention", "causal_depthwise_conv", "chunk", "chunk_pooled", "dechunk", "dot_product_attention",
-    "is_spacelike", "last_real", "masked_attention", "merge_by_lse", "pack_row_select", "pack_rows",
-    "pack_segments", "ratio_loss", "rms_norm", "rotary", "segment_ordinals", "segment_positions",
-    "segment_starts", "sharded_block_sparse_attention", "smooth", "ssd_scan", "straight_through",
+    "KVUpdate", "Mamba2", "Mamba2State", "MaskSpec", "NativeSparseAttention", "PoolState", "RMSNorm",
+    "RouterHints", "RouterState", "SpaceRouter", "SparseAttention", "StrideRouter", "SwiGLU", "assign_chunks",
+    "big_bird_attention", "block_sparse_attention", "boundary_probability", "cached_attention",
+    "causal_depthwise_conv", "chunk", "chunk_pooled", "dechunk", "dilated_attention", "document_attention",
+    "dot_product_attention", "is_spacelike", "last_real", "masked_attention", "merge_by_lse", "moba_attention",
+    "native_sparse_attention", "pack_row_select", "pack_rows", "pack_segments", "paged_attention",
+    "ratio_loss", "rms_norm", "rotary", "segment_ordinals", "segment_positions", "segment_starts",
+    "selected_blocks_attention", "sharded_block_sparse_attention", "sliding_window_attention", "smooth",
+    "ssd_scan", "straight_through",
 ]
