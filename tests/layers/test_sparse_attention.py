@@ -45,7 +45,8 @@ def _dense(q, k, v, mask):
 @pytest.mark.parametrize(("attend", "mask"), [
     (partial(sliding_window_attention, window=10), (KEY <= QUERY) & (QUERY - KEY <= 10)),
     (document_attention, KEY <= QUERY),
-    (partial(dilated_attention, window=13, dilation=3), (KEY <= QUERY) & (QUERY - KEY <= 13) & ((QUERY - KEY) % 3 == 0)),
+    (partial(dilated_attention, window=13, dilation=3),
+     (KEY <= QUERY) & (QUERY - KEY <= 13) & ((QUERY - KEY) % 3 == 0)),
     (partial(big_bird_attention, num_near=2, num_global=1, num_random=0),
      (KEY <= QUERY) & ((QUERY // BLOCK - KEY // BLOCK < 2) | (KEY < BLOCK))),
 ], ids=["window", "document", "dilated", "big_bird"])
@@ -121,7 +122,8 @@ def test_native_sparse_attention_is_the_sum_of_its_gated_branches():
         others = sorted(set(range(own)) - chosen, key=lambda block: (-importance[block], block))
         chosen |= set(others[: 4 - len(chosen)])
         mask[b, h, i] = [j <= i and j // BLOCK in chosen for j in range(T)]
-    branches = [to_summaries, _dense(q, k, v, mask), _dense(q, k, v, ((KEY <= QUERY) & (QUERY - KEY <= 6))[None, None])]
+    in_window = ((KEY <= QUERY) & (QUERY - KEY <= 6))[None, None]
+    branches = [to_summaries, _dense(q, k, v, mask), _dense(q, k, v, in_window)]
     for index, branch in enumerate(branches):
         only = jnp.zeros_like(gates).at[..., index].set(1)
         assert_matches(attend(gates=only), branch, dtype="float32", scale=4)

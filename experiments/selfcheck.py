@@ -1,0 +1,119 @@
+"""Checks on this machine's device that every fast implementation computes what its reference computes.
+
+  python -m experiments.selfcheck
+
+For each op, implementation and dtype: the error of values and gradients, root mean square over that of the exact
+result, which the float32 reference gives for the same, rounded inputs. Exits with 1 if one is above its limit.
+"""
+import argparse
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.errors import run_command
+from experiments.text_table import aligned
+from layers import BlockLists, MaskSpec, block_sparse_attention, smooth, ssd_scan
+
+LIMITS = {"float32": 2e-6, "bfloat16": 5e-3}  # a rounding to bfloat16 costs about 1.6e-3, and gradients take a few
+
+
+class Check(NamedTuple):
+    """An op on some inputs: `run(implementation, *inputs)` returns an array, with gradients in all inputs."""
+
+    op: str
+    case: str
+    run: Callable[..., jax.Array]
+    inputs: tuple[jax.Array, ...]
+    implementations: tuple[str, ...]
+
+
+def main(argv: list[str]) -> None:
+    argparse.ArgumentParser(
+        prog="python -m experiments.selfcheck", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
+    device = jax.devices()[0]
+    print(f"{device.device_kind}, jax {jax.__version__}; each line takes a few seconds", flush=True)
+    rows = [("op", "case", "implementation", "dtype", "values", "gradients", "")]
+    failed = False
+    for check in checks(device.platform):
+        for dtype in LIMITS:
+            for implementation, errors in errors_of(check, dtype):
+                is_good = all(error <= LIMITS[dtype] for error in errors)
+                failed |= not is_good
+                rows.append((check.op, check.case, implementation, dtype, *(f"{error:.1e}" for error in errors),
+                             "ok" if is_good else f"ABOVE {LIMITS[dtype]:.0e}"))
+                print(".", end="", flush=True)
+    print("\n" + "\n".join(aligned(rows, left=(0, 1, 2, 3, 6))))
+    if failed:
+        sys.exit("an implementation is not what its reference says: please report this table")
+
+
+def checks(platform: str) -> Iterator[Check]:
+    """What there is to check on a platform: kernels only where they run natively."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape, np.float32))
+
+    attention = ("xla", *{"tpu": ("pallas_tpu",)}.get(platform, ()), "auto")
+    documents = jnp.asarray(np.sort(rng.integers(0, 4, (2, 700))), jnp.int32)
+    for case, heads, key_heads, width, mask in (
+            ("causal", 4, 4, 128, MaskSpec()),
+            ("window, softcap, shared keys", 8, 2, 64, MaskSpec(window=200, softcap=20.0)),
+            ("segments", 4, 1, 128, MaskSpec(segment_ids=documents))):
+        chosen = jnp.asarray(rng.random((2, key_heads, 6, 6)) < 0.6)
+        lists = BlockLists.from_block_mask(chosen, block_q=128, block_k=128)
+
+        def run(implementation, q, k, v, lists=lists, mask=mask):
+            return block_sparse_attention(q, k, v, lists, mask=mask, implementation=implementation)
+
+        yield Check("block_sparse_attention", case, run, (
+            normal(2, 700, heads, width), normal(2, 700, key_heads, width), normal(2, 700, key_heads, width)),
+            attention)
+    log_decay = -jnp.abs(normal(2, 300, 4))
+
+    def scan(implementation, x, b, c):
+        return ssd_scan(x, log_decay, b, c, implementation=implementation)[0]
+
+    inputs = normal(2, 300, 4, 32), normal(2, 300, 1, 16), normal(2, 300, 1, 16)
+    yield Check("ssd_scan", "300 tokens", scan, inputs, ("chunkwise",))
+    probability = jnp.asarray(rng.uniform(0.05, 0.95, (2, 300)), jnp.float32)
+    restarts = jnp.arange(300)[None] % 70 == jnp.array([[0], [5]])
+
+    def average(implementation, x):
+        return smooth(x, probability, restarts, implementation=implementation)
+
+    yield Check("smooth", "300 chunks", average, (normal(2, 300, 64),), ("associative",))
+
+
+def errors_of(check: Check, dtype: str) -> Iterator[tuple[str, tuple[float, float]]]:
+    """Relative root mean square errors of values and of gradients, for each implementation."""
+    rounded = [x.astype(dtype) for x in check.inputs]
+    exact = [x.astype(jnp.float32) for x in rounded]
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def values_and_gradients(implementation, *inputs):
+        value, pull_back = jax.vjp(functools.partial(check.run, implementation), *inputs)
+        cotangent = jnp.cos(jnp.arange(value.size, dtype=jnp.float32)).reshape(value.shape)
+        return value, pull_back(cotangent.astype(dtype).astype(value.dtype))
+
+    expected, expected_gradients = values_and_gradients("reference", *exact)
+    for implementation in check.implementations:
+        value, gradients = values_and_gradients(implementation, *rounded)
+        yield implementation, (_error(value, expected),
+                               max(map(_error, gradients, expected_gradients)))
+
+
+def _error(actual: jax.Array, expected: jax.Array) -> float:
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    error = np.sqrt(np.mean((actual - expected) ** 2) / np.mean(expected**2))
+    return float(error) if np.isfinite(error) else float("inf")
+
+
+if __name__ == "__main__":
+    run_command(main)
