@@ -1,4 +1,6 @@
 """Causal dot-product attention with a sliding window and segments; and its linen module."""
+import importlib
+from types import ModuleType
 from typing import Literal, NamedTuple
 
 import flax.linen as nn
@@ -10,7 +12,7 @@ from layers.linear import Linear
 from layers.rotary import rotary
 from layers.segments import segment_positions
 
-AttentionImplementation = Literal["auto", "reference", "xla"]
+AttentionImplementation = Literal["auto", "reference", "xla", "cudnn", "tokamax"]
 
 
 @typed
@@ -52,18 +54,35 @@ def masked_attention(
     "Attention Is All You Need" (arXiv 1706.03762), eq. 1; softmax in float32. A query that sees nothing gets 0.
 
     Args:
-      implementation: "reference" is the float32 spec; "xla" is jax.nn.dot_product_attention, whose matmuls
-        run in the input dtype; "auto" means "xla".
+      implementation: "reference" is the float32 spec; "xla" and "cudnn" (NVIDIA GPUs, bfloat16) are those of
+        jax.nn.dot_product_attention, whose matmuls run in the input dtype; "tokamax" is that package's choice
+        for the device, where it is installed; "auto" means "xla".
     Raises:
-      NotImplementedError: "xla" was asked for heads whose keys and values differ in width.
+      NotImplementedError: "xla" or "cudnn" was asked for heads whose keys and values differ in width, or "tokamax"
+        is not installed.
     """
     if implementation == "reference":
         return masked_attention_reference(q, k, v, may_attend)
-    if q.shape[-1] != v.shape[-1]:
-        raise NotImplementedError(
-            f'implementation="xla" needs heads of one width; keys have {q.shape[-1]}, values {v.shape[-1]}')
-    y = jax.nn.dot_product_attention(q, k, v, mask=may_attend[:, None], implementation="xla")
+    if implementation == "tokamax":
+        y = _tokamax().dot_product_attention(q, k, v, mask=may_attend[:, None])
+    else:
+        implementation = "xla" if implementation == "auto" else implementation
+        if q.shape[-1] != v.shape[-1]:
+            raise NotImplementedError(f'implementation="{implementation}" needs heads of one width; keys have '
+                                      f"{q.shape[-1]}, values {v.shape[-1]}")
+        y = jax.nn.dot_product_attention(q, k, v, mask=may_attend[:, None], implementation=implementation)
     return jnp.where(jnp.any(may_attend, axis=-1)[:, :, None, None], y, 0)
+
+
+def _tokamax() -> ModuleType:
+    try:
+        flags = importlib.import_module("absl.flags").FLAGS
+        if not flags.is_parsed():  # tokamax would read the command line for flags of its own, and refuse others
+            flags.mark_as_parsed()
+        return importlib.import_module("tokamax")
+    except ImportError as error:
+        raise NotImplementedError(
+            f'implementation="tokamax" needs that package ({error}); pip install tokamax, or use "xla"') from error
 
 
 @typed

@@ -191,8 +191,9 @@ def plot(rows: list[dict[str, Any]]) -> str:
                      if (row["way"], row["density"], row["backward"]) == (way, density, backward)]
             titles = [f"{row['tokens']} tokens, width {row['width']}, {row['heads']} / {row['key_heads']} heads"
                       for row in these]
-            label = f"{way} 1/{1 / density:g}{', with backward' if backward else ''}"
             speed_ups = np.array([row["over_dense"] for row in these])
+            label = (f"{way}, density 1/{1 / density:g}{', with backward' if backward else ''}: "
+                     f"{speed_ups.mean():.3g}")
             lines.append(Row(label, speed_ups, titles, colour(ways.index(way))))
     return standalone([row_plot(lines, x_label="times as fast as dense attention; one dot per size")])
 

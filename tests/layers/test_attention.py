@@ -1,3 +1,4 @@
+import sys
 from functools import partial
 
 import jax
@@ -48,10 +49,20 @@ def test_reference_is_causal_windowed_softmax_within_segments(window):
     assert_matches(actual, _by_hand(*inputs, np.asarray(ids), window), dtype="float32")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def _needs(implementation):
+    if implementation == "tokamax":
+        pytest.importorskip("tokamax")
+    if implementation == "cudnn" and jax.default_backend() != "gpu":
+        pytest.skip("cuDNN needs an NVIDIA GPU")
+
+
+@pytest.mark.parametrize(("implementation", "dtype"), [
+    ("xla", "float32"), ("xla", "bfloat16"), ("tokamax", "float32"), ("tokamax", "bfloat16"),
+    ("cudnn", "bfloat16")])
 @pytest.mark.parametrize("window", [-1, 5])
 @pytest.mark.parametrize("t", [1, 7, 64])
-def test_xla_matches_reference_in_value_and_gradient(t, window, dtype):
+def test_implementations_match_the_reference_in_value_and_gradient(t, window, implementation, dtype):
+    _needs(implementation)
     inputs, dy = _inputs(t, dtype)
     exact, exact_dy = jax.tree.map(lambda z: z.astype(jnp.float32), (inputs, dy))
 
@@ -63,7 +74,7 @@ def test_xla_matches_reference_in_value_and_gradient(t, window, dtype):
         return y, vjp(dy)
 
     expected, expected_gradient = value_and_gradient(exact, exact_dy, "reference")
-    actual, gradient = value_and_gradient(inputs, dy, "xla")
+    actual, gradient = value_and_gradient(inputs, dy, implementation)
     assert actual.dtype == jnp.dtype(dtype)
     # bfloat16 probabilities are a second rounding; their gradients a third and fourth.
     scale = 2 if dtype == "bfloat16" else 1
@@ -124,3 +135,10 @@ def test_refuses_a_wrong_shape_by_argument_name():
     (q, k, v), _ = _inputs(8)
     with pytest.raises(TypeError, match="parameter 'k'"):
         dot_product_attention(q, k[:, :-1], v)
+
+
+def test_tokamax_is_asked_for_by_name_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokamax", None)
+    (q, k, v), _ = _inputs(4)
+    with pytest.raises(NotImplementedError, match='implementation="tokamax" needs that package'):
+        dot_product_attention(q, k, v, implementation="tokamax")
