@@ -14,12 +14,9 @@ def compilation_cache(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compilation(compilation_cache):
-    """Whole programs are compiled here, which takes far longer than to run them: optimise little."""
+def shared_compilation_cache(compilation_cache):
+    """The programs of one test are those of others."""
     jax.config.update("jax_compilation_cache_dir", str(compilation_cache))
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

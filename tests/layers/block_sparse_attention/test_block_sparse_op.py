@@ -182,3 +182,22 @@ def test_traced_entries_that_name_no_block_are_as_if_they_were_not_there():
         jnp.zeros((2, 2, 2, 2), bool).at[..., 1].set(True), block_q=16, block_k=16)
     expected, _ = attention_reference(inputs.q, inputs.k, inputs.v, good, inputs.mask)
     assert_matches(jax.jit(_run)(inputs._replace(blocks=bad)), expected, dtype="float32", scale=2)
+
+
+@pytest.mark.optimised
+@pytest.mark.parametrize("with_gradient", [False, True])
+def test_memory_is_a_small_part_of_all_scores(with_gradient):
+    tokens, heads = 4096, 8
+    q = jax.ShapeDtypeStruct((1, tokens, heads, 64), jnp.float32)
+    scores = jax.ShapeDtypeStruct((1, heads, tokens // 128, tokens // 128), jnp.float32)
+
+    def attention(q, k, v, scores):
+        blocks = BlockLists.from_top_k(scores, 4, block_q=128, block_k=128)
+        return block_sparse_attention(q, k, v, blocks, implementation="xla")
+
+    def loss(*inputs):
+        return jnp.sum(attention(*inputs) ** 2)
+
+    run = jax.grad(loss, argnums=(0, 1, 2)) if with_gradient else attention
+    memory = jax.jit(run).lower(q, q, q, scores).compile().memory_analysis().temp_size_in_bytes
+    assert memory < 0.05 * 4 * tokens**2 * heads
