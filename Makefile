@@ -1,6 +1,7 @@
 # make train   trains the quick-start H-Net on this machine into runs/quickstart
 # make test    runs the tests, without those marked slow; make test-slow runs those
-# make lint    checks style;  make test-tpu-aot compiles kernels and the train step for TPUs, without one
+# make lint    checks style;  make test-tpu-aot compiles kernels and the train step for TPUs, without one, and
+#              make test-cuda-aot kernels for a Hopper GPU
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
@@ -22,6 +23,14 @@ test-tpu-aot:
 	.venv-plan/bin/python -m pip install --quiet --editable '.[test,plan]'
 	.venv-plan/bin/python -m pytest -m slow tests/test_kernels.py tests/experiments/test_tpu_compile.py
 
+# Needs Python 3.12 or newer (jax 0.11), and CUDA 13's ptxas, or pip install nvidia-cuda-nvcc in .venv-cuda.
+test-cuda-aot:
+	$(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/python -m pip install --quiet --editable '.[test]'
+	version=$$(.venv-cuda/bin/python -c 'import jax; print(jax.__version__)') && \
+	  .venv-cuda/bin/python -m pip install --quiet --no-deps jax-cuda13-plugin==$$version jax-cuda13-pjrt==$$version
+	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest -m slow tests/test_kernels.py -k h200
+
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 
@@ -35,4 +44,4 @@ $(STAMP): pyproject.toml
 clean:
 	rm -rf $(VENV) runs
 
-.PHONY: train test test-slow test-tpu-aot lint clean
+.PHONY: train test test-slow test-tpu-aot test-cuda-aot lint clean

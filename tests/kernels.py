@@ -1,8 +1,10 @@
 """How Pallas kernels are checked without their hardware. A kernel gets all of it from one entry in KERNELS.
 
-  interpreted on CPU         with the other implementations, in the test matrix of its op
+  interpreted on CPU         with the other implementations, in the test matrix of its op (kernels for TPU)
   TPU interpreter            semaphores, memory spaces, blocks out of range and races between cores, as on a chip
-  compiled ahead of time     for real chips, with their limits of vector and scalar memory (needs libtpu)
+  GPU interpreter            warpgroups, barriers, copies and races, as on a Hopper GPU (jax 0.11 or newer)
+  compiled ahead of time     for four TPUs, with their limits of vector and scalar memory (needs libtpu), or for an
+                             H200: matmuls in wgmma, no spilled registers, shared memory (tests/gpu_compile.py)
 
 Paths into jax that are not public are all here.
 """
@@ -16,11 +18,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import pytest
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
-from tests.layers.block_sparse_attention.cases import Case, draw_inputs, values_and_gradients
+from tests.layers.block_sparse_attention.cases import Case, draw_inputs, in_float32, values_and_gradients
 
 TPU_TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
@@ -32,29 +35,33 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Kernel(NamedTuple):
-    """A TPU kernel, with inputs for an interpreter and for a compiler.
+    """A kernel, with inputs for an interpreter and for a compiler.
 
     Attributes:
+      platform: "tpu" or "gpu".
       run: called with inputs and `interpret`; returns arrays, from the kernel and its gradient.
       expected: the same arrays, from inputs by the spec.
       small: makes inputs that an interpreter runs in seconds.
       large: makes inputs of a size that is trained on, of which the compiler sees the shapes.
+      spill_bytes: stored and loaded, that a GPU kernel may have.
     """
 
+    platform: str
     run: Callable[[Any, Any], Any]
     expected: Callable[[Any], Any]
     small: Callable[[], Any]
     large: Callable[[], Any]
+    spill_bytes: int = 0
 
 
-def _block_sparse(small: Case, large: Case) -> Kernel:
+def _block_sparse(platform: str, small: Case, large: Case, **keywords: Any) -> Kernel:
     def run(inputs, interpret):
-        return values_and_gradients(inputs, implementation="pallas_tpu", interpret=interpret)[:2]
+        return values_and_gradients(inputs, implementation=f"pallas_{platform}", interpret=interpret)[:2]
 
     def expected(inputs):
-        return values_and_gradients(inputs, implementation="reference")[:2]
+        return values_and_gradients(in_float32(inputs), implementation="reference")[:2]
 
-    return Kernel(run, expected, lambda: draw_inputs(small), lambda: draw_inputs(large))
+    return Kernel(platform, run, expected, lambda: draw_inputs(small), lambda: draw_inputs(large), **keywords)
 
 
 _SMALL = dict(b=1, t=256, s=256, heads=2, key_heads=1, width=64, value_width=32, block_q=128, block_k=128)
@@ -62,20 +69,53 @@ _LARGE = dict(b=2, t=4096, s=4096, heads=8, key_heads=2, width=128, value_width=
               dtype="bfloat16")
 KERNELS = {
     "block_sparse_attention": _block_sparse(
-        Case(lists=1, **_SMALL), Case(**_LARGE)),
+        "tpu", Case(lists=1, **_SMALL), Case(**_LARGE)),
     "block_sparse_attention with everything": _block_sparse(
-        Case(lists=2, select=True, segments=True, window=100, softcap=5.0, **_SMALL),
+        "tpu", Case(lists=2, select=True, segments=True, window=100, softcap=5.0, **_SMALL),
         Case(lists=8, select=True, segments=True, window=1000, softcap=30.0, **_LARGE)),
     "block_sparse_attention float32, width 96": _block_sparse(
-        Case(lists=1, causal=False, **_SMALL | dict(t=200, width=32)),
+        "tpu", Case(lists=1, causal=False, **_SMALL | dict(t=200, width=32)),
         Case(segments=True, **_LARGE | dict(width=96, value_width=64, block_q=256, dtype="float32"))),
     "block_sparse_attention width 64, blocks of 128": _block_sparse(
-        Case(lists=1, offset=128, **_SMALL | dict(t=128)),
+        "tpu", Case(lists=1, offset=128, **_SMALL | dict(t=128)),
         Case(**_LARGE | dict(width=64, value_width=64, block_q=128, block_k=128))),
     "block_sparse_attention width 256, blocks of 1024": _block_sparse(
-        Case(lists=1, **_SMALL | dict(b=2, s=128, t=128)),
+        "tpu", Case(lists=1, **_SMALL | dict(b=2, s=128, t=128)),
         Case(**_LARGE | dict(width=256, value_width=192, block_q=512, block_k=1024))),
 }
+
+
+_GPU_SMALL = dict(b=1, t=200, s=256, heads=2, key_heads=1, width=64, value_width=64, block_q=128, block_k=64,
+                  dtype="bfloat16")
+_GPU_LARGE = dict(b=1, t=2048, s=2048, heads=8, key_heads=2, width=128, value_width=128, block_q=128, block_k=128,
+                  dtype="bfloat16")
+KERNELS |= {
+    "block_sparse_attention on Hopper": _block_sparse(
+        "gpu", Case(lists=1, segments=True, offset=56, **_GPU_SMALL | dict(block_k=128)), Case(**_GPU_LARGE)),
+    "block_sparse_attention on Hopper with everything": _block_sparse(
+        "gpu", Case(lists=1, select=True, window=100, softcap=5.0, **_GPU_SMALL),
+        Case(select=True, segments=True, window=1000, softcap=30.0, **_GPU_LARGE)),
+    "block_sparse_attention on Hopper, blocks of 64": _block_sparse(
+        "gpu", Case(lists=2, **_GPU_SMALL | dict(t=128)), Case(**_GPU_LARGE | dict(block_k=64))),
+    "block_sparse_attention on Hopper, width 64": _block_sparse(
+        "gpu", Case(lists=1, **_GPU_SMALL | dict(t=128, s=128)),
+        Case(**_GPU_LARGE | dict(width=64, value_width=64))),
+    "block_sparse_attention on Hopper, width 192": _block_sparse(
+        "gpu", Case(lists=1, **_GPU_SMALL | dict(width=96, t=128)),
+        Case(**_GPU_LARGE | dict(width=192, block_k=64))),
+    "block_sparse_attention on Hopper, width 256": _block_sparse(
+        "gpu", Case(lists=1, **_GPU_SMALL | dict(value_width=128, t=128)),
+        # A few numbers that dq keeps in memory, outside its matmuls.
+        Case(**_GPU_LARGE | dict(width=256, value_width=256, block_k=64)), spill_bytes=64),
+}
+
+
+def run_in_gpu_interpreter(kernel: Kernel, inputs: Any) -> Any:
+    """Runs with races detected; skips where jax has no such interpreter."""
+    plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
+    if not hasattr(plgpu, "InterpretGPUParams"):
+        pytest.skip(f"jax {jax.__version__} has no GPU interpreter; 0.11 has")
+    return kernel.run(inputs, plgpu.InterpretGPUParams(detect_races=True))
 
 
 def run_in_tpu_interpreter(kernel: Kernel, inputs: Any) -> Any:

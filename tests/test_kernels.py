@@ -1,22 +1,57 @@
-"""Every registered kernel in the TPU interpreter, and compiled for real chips (`make test-tpu-aot`)."""
+"""Every registered kernel in the interpreter of its hardware, and compiled for chips that are not here.
 
+`make test-tpu-aot` and `make test-cuda-aot` run what needs their compilers.
+"""
+import jax
 import pytest
 
 from tests.assertions import assert_matches
-from tests.kernels import HAS_LIBTPU, KERNELS, TPU_TOPOLOGIES, compile_offline, run_in_tpu_interpreter
+from tests.gpu_compile import SHARED_MEMORY_BYTES, compile_for_h200
+from tests.kernels import (
+    HAS_LIBTPU,
+    KERNELS,
+    TPU_TOPOLOGIES,
+    compile_offline,
+    run_in_gpu_interpreter,
+    run_in_tpu_interpreter,
+)
+
+ON_TPU = [name for name, kernel in KERNELS.items() if kernel.platform == "tpu"]
+ON_GPU = [name for name, kernel in KERNELS.items() if kernel.platform == "gpu"]
 
 
-@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize("name", ON_TPU)
 def test_a_kernel_equals_its_spec_in_the_tpu_interpreter_without_races(name):
     kernel = KERNELS[name]
     inputs = kernel.small()
     assert_matches(run_in_tpu_interpreter(kernel, inputs), kernel.expected(inputs), dtype="float32", scale=2)
 
 
+@pytest.mark.parametrize("name", ON_GPU)
+def test_a_kernel_equals_its_spec_in_the_gpu_interpreter_without_races(name):
+    kernel = KERNELS[name]
+    inputs = kernel.small()
+    assert_matches(run_in_gpu_interpreter(kernel, inputs), kernel.expected(inputs), dtype="bfloat16", scale=2)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not HAS_LIBTPU, reason="no libtpu here: make test-tpu-aot")
 @pytest.mark.parametrize("topology", TPU_TOPOLOGIES)
-def test_every_kernel_compiles_for(topology):
-    run = compile_offline(topology, list(KERNELS))
+def test_every_tpu_kernel_compiles_for(topology):
+    run = compile_offline(topology, ON_TPU)
     assert run.returncode == 0, run.stderr[-3000:]
-    assert len(run.stdout.splitlines()) == len(KERNELS)
+    assert len(run.stdout.splitlines()) == len(ON_TPU)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ON_GPU)
+def test_a_gpu_kernel_compiles_for_an_h200_with_its_sums_in_registers(name):
+    kernel = KERNELS[name]
+    reports = compile_for_h200(
+        lambda inputs: kernel.run(inputs, False), jax.eval_shape(lambda inputs: inputs, kernel.large()))
+    assert len(reports) == 3, "the output, dq, and dk with dv"
+    for each, report in reports.items():
+        print(each, report)  # shown by pytest -s
+        assert report.num_wgmma > 0 and report.num_coarse_tanh == 0, (each, report)
+        assert report.spill_bytes <= kernel.spill_bytes, (each, report)
+        assert report.shared_memory_bytes <= SHARED_MEMORY_BYTES, (each, report)

@@ -30,7 +30,7 @@ from layers import BlockLists, MaskSpec, block_sparse_attention
 
 DENSITIES = (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
 EVERYTHING = MaskSpec(causal=False)
-KERNELS = {"tpu": ["pallas_tpu"], "gpu": [], "cpu": []}
+KERNELS = {"tpu": ["pallas_tpu"], "gpu": ["pallas_gpu"], "cpu": []}
 
 
 class Size(NamedTuple):

@@ -10,12 +10,14 @@ from jax.sharding import Mesh, PartitionSpec
 
 from layers.array_types import Array, Float, typed
 from layers.block_lists import BlockLists
-from layers.block_sparse_attention import pallas_tpu, xla
+from layers.block_sparse_attention import pallas_gpu, pallas_tpu, xla
 from layers.block_sparse_attention.reference import attention_reference
-from layers.block_sparse_attention.tiles import Settings, Tiles, make_tiles
+from layers.block_sparse_attention.tiles import Settings, Sizes, Tiles, make_tiles
 from layers.mask_spec import MaskSpec, add_sinks, pad_tokens
 
-BlockSparseImplementation = Literal["auto", "reference", "xla", "pallas_tpu"]
+BlockSparseImplementation = Literal["auto", "reference", "xla", "pallas_tpu", "pallas_gpu"]
+MODULES = {"xla": xla, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
+KERNELS = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}  # what "auto" runs on a platform, if it can
 CAUSAL = MaskSpec()
 logger = logging.getLogger(__name__)
 
@@ -44,8 +46,8 @@ def block_sparse_attention(
         from call to call without compiling again. Entries that name no block are left out;
         `BlockLists.from_ids` counts them in `overflow`.
       implementation: "reference" computes all scores; "xla" runs anywhere in memory that does not grow with t * s;
-        "pallas_tpu" is a kernel; "auto" is the kernel of the platform that the program is compiled for, and "xla"
-        where there is none.
+        "pallas_tpu" and "pallas_gpu" (Hopper, bfloat16) are kernels; "auto" is the kernel of the platform that
+        the program is compiled for, and "xla" where there is none or it lacks this case, which is logged once.
       return_lse: also return the log of each softmax's denominator, float32, with a gradient of its own: two
         results over disjoint keys merge exactly, see `merge_by_lse`.
       interpret: for the kernels, True or parameters of one of Pallas's interpreters: run on any machine, slowly.
@@ -155,10 +157,11 @@ def _settings(q, k, v, blocks, mask, implementation, interpret) -> Settings:
         block_q=blocks.block_q, block_k=blocks.block_k, causal=mask.causal, window=mask.window,
         softcap=mask.softcap, scale=width ** -0.5 if mask.scale is None else mask.scale,
         implementation=implementation, interpret=interpret)
-    if implementation == "pallas_tpu":
-        reason = pallas_tpu.unsupported(settings, *there, heads, blocks.ids.shape[-1])
+    if implementation in KERNELS.values():
+        sizes = Sizes(*there, heads, blocks.ids.shape[-1], q.dtype, width, v.shape[-1])
+        reason = MODULES[implementation].unsupported(settings, sizes)
         if reason is not None:
-            raise NotImplementedError(f'implementation="pallas_tpu": {reason}')
+            raise NotImplementedError(f'implementation="{implementation}": {reason}')
     return settings
 
 
@@ -202,20 +205,22 @@ def _backward(settings, *arrays):
 
 def _run(direction: str, settings: Settings, q, k, v, tiles, *others):
     """The implementation asked for; for "auto" that of the platform which the program is lowered for."""
-    def of(module):
-        return functools.partial(getattr(module, direction), settings)
+    def of(name):
+        return functools.partial(getattr(MODULES[name], direction), settings)
 
     if settings.implementation != "auto":
-        module = {"xla": xla, "pallas_tpu": pallas_tpu}[settings.implementation]
-        return of(module)(q, k, v, tiles, *others)
-    kernels = {}
+        return of(settings.implementation)(q, k, v, tiles, *others)
     num_lists, num_query_blocks, room = tiles.ids.shape[1:]
-    reason = pallas_tpu.unsupported(settings, num_query_blocks, k.shape[1] // settings.block_k, num_lists, room)
-    if reason is None:
-        kernels["tpu"] = of(pallas_tpu)
-    else:
-        _log_once(f"block_sparse_attention runs as xla on TPU: {reason}")
-    return jax.lax.platform_dependent(q, k, v, tiles, *others, **kernels, default=of(xla))
+    num_key_blocks = k.shape[1] // settings.block_k
+    sizes = Sizes(num_query_blocks, num_key_blocks, num_lists, room, q.dtype, q.shape[-1], v.shape[-1])
+    ways = {}
+    for platform, name in KERNELS.items():
+        reason = MODULES[name].unsupported(settings, sizes)
+        if reason is None:
+            ways[platform] = of(name)
+        else:
+            _log_once(f"block_sparse_attention runs as xla on {platform}: {reason}")
+    return jax.lax.platform_dependent(q, k, v, tiles, *others, **ways, default=of("xla"))
 
 
 @functools.cache

@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from layers.block_sparse_attention.tiles import ALL, NOTHING, SOME, Settings, Tiles
+from layers.block_sparse_attention.tiles import ALL, NOTHING, SOME, Settings, Sizes, Tiles
 from layers.mask_spec import SELECT_BITS, is_selected, may_attend
 
 BLOCK_BITS = 14                       # of a block's number in an entry
@@ -30,20 +30,18 @@ LANES = 128
 LOWEST = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite: a difference of two is no NaN
 
 
-def unsupported(
-    settings: Settings, num_query_blocks: int, num_key_blocks: int, num_lists: int, room: int
-) -> str | None:
-    """Why the kernel cannot run lists of `room` entries, `num_lists` per batch row; None if it can."""
-    most = max(num_query_blocks, num_key_blocks)
+def unsupported(settings: Settings, sizes: Sizes) -> str | None:
+    """Why the kernel cannot run such a call; None if it can."""
+    most = max(sizes.num_query_blocks, sizes.num_key_blocks)
     if most > 2**BLOCK_BITS:
         return f"{most} blocks, {2**BLOCK_BITS} can be numbered; use larger blocks"
-    size = 4 * num_lists * (num_query_blocks * room + most)
+    size = 4 * sizes.num_lists * (sizes.num_query_blocks * sizes.room + most)
     if size > SCALAR_MEMORY_BYTES:
         return (f"the lists of one batch row take {size / 2**10:.0f} KiB of scalar memory, of which there are "
                 f"{SCALAR_MEMORY_BYTES / 2**10:.0f}; use larger blocks, max_blocks, or fewer lists")
     if settings.interpret is False:
-        for name, block, count in (("block_q", settings.block_q, num_query_blocks),
-                                   ("block_k", settings.block_k, num_key_blocks)):
+        for name, block, count in (("block_q", settings.block_q, sizes.num_query_blocks),
+                                   ("block_k", settings.block_k, sizes.num_key_blocks)):
             if block % LANES and count > 1:
                 return f"{name} {block} is no multiple of {LANES}"
     return None

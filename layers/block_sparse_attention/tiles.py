@@ -32,6 +32,18 @@ class Settings:
     interpret: Any  # False, True, or the parameters of one of Pallas's interpreters
 
 
+class Sizes(NamedTuple):
+    """What decides whether a kernel can run."""
+
+    num_query_blocks: int
+    num_key_blocks: int
+    num_lists: int    # per batch row
+    room: int         # entries of a list, used or not
+    dtype: jnp.dtype  # of q, k and v
+    width: int        # of q and k
+    value_width: int
+
+
 class Tiles(NamedTuple):
     """The traced half, integers only."""
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from layers import (
     BlockLists,
@@ -116,14 +117,26 @@ def test_auto_lowers_to_the_kernel_of_the_platform_not_of_the_host():
     assert "custom_call" not in traced.lower(lowering_platforms=("cpu",)).as_text()
 
 
+@pytest.mark.parametrize(("device", "has_kernel"), [("NVIDIA H200", True), ("NVIDIA A100-SXM4-80GB", False)])
+def test_auto_takes_the_hopper_kernel_on_a_hopper_gpu_alone(device, has_kernel):
+    plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
+    if not hasattr(plgpu, "InterpretGPUParams"):
+        pytest.skip(f"jax {jax.__version__} has no Hopper kernel; 0.11 has")
+    inputs = draw_inputs(Case(t=256, s=256, block_q=128, block_k=128, width=64, value_width=64, dtype="bfloat16"))
+    mesh = AbstractMesh((1,), ("x",), abstract_device=AbstractDevice(device, None, "gpu"))
+    with use_abstract_mesh(mesh):
+        traced = jax.jit(lambda inputs: _run(inputs, "auto")).trace(inputs)
+        assert ("mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()) == has_kernel
+
+
 def test_auto_says_once_why_a_platform_goes_without_its_kernel(caplog):
     op._log_once.cache_clear()
     inputs = draw_inputs(CASE)  # blocks of 16
     with caplog.at_level(logging.INFO):
         for _ in range(2):
             _run(inputs, "auto")
-    messages = [record.message for record in caplog.records if "on TPU" in record.message]
-    assert messages == ["block_sparse_attention runs as xla on TPU: block_q 16 is no multiple of 128"]
+    messages = [record.message for record in caplog.records if "on tpu" in record.message]
+    assert messages == ["block_sparse_attention runs as xla on tpu: block_q 16 is no multiple of 128"]
 
 
 def test_a_kernel_that_lacks_a_case_says_which():

@@ -1,0 +1,135 @@
+"""Compiles GPU kernels for an H200 on a machine that has none, and reads what the assembler says of them.
+
+Needs jax's CUDA plugin of the same version as jax, without a GPU or its driver, and CUDA's assembler, ptxas:
+
+  pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt
+"""
+import collections
+import contextlib
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
+
+SHARED_MEMORY_BYTES = 232_448  # that a thread block may have
+
+# What the compiler asks of a device; numbers from NVIDIA's data sheet and programming guide.
+H200 = f"""
+platform_name: "CUDA"
+device_description_str: "NVIDIA H200"
+dnn_version_info {{ major: 9 minor: 12 patch: 0 }}
+gpu_device_info {{
+  name: "NVIDIA H200"
+  device_vendor: "NVIDIA Corporation"
+  cuda_compute_capability {{ major: 9 feature_extension: ACCELERATED_FEATURES }}
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  device_memory_size: 151397597184
+  memory_bandwidth: 4800000000000
+  l2_cache_size: 52428800
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: {SHARED_MEMORY_BYTES}
+  shared_memory_per_core: 233472
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  thread_dim_limit_x: 1024
+  thread_dim_limit_y: 1024
+  thread_dim_limit_z: 64
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  driver_version: "13.0.0"
+  runtime_version: "13.0.0"
+  compile_time_toolkit_version: "13.0.0"
+  dnn_version: "9.12.0"
+}}
+"""
+
+
+class KernelReport(NamedTuple):
+    registers: int
+    spill_bytes: int      # stored and loaded
+    shared_memory_bytes: int
+    num_wgmma: int        # instructions
+    num_coarse_tanh: int  # instructions good to 2^-11, which an interpreter computes exactly
+
+
+def compile_for_h200(function: Callable, *shapes: Any) -> dict[str, KernelReport]:
+    """Compiles a function whose kernels are of Mosaic GPU, and reports on each by its name.
+
+    Args:
+      shapes: ShapeDtypeStructs, in pytrees.
+
+    Skips the test where jax's CUDA plugin or the assembler is missing.
+    """
+    sharding = _h200()
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
+    with tempfile.TemporaryDirectory() as folder:
+        with _environment("MOSAIC_GPU_DUMP_TO", folder), use_abstract_mesh(sharding.mesh.abstract_mesh):
+            jax.jit(function).lower(*shapes).compile()
+        return _reports(Path(folder))
+
+
+@functools.cache
+def _h200() -> NamedSharding:
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        pytest.skip("compiling for a GPU needs jax's CUDA plugin: pip install jax-cuda13-plugin jax-cuda13-pjrt")
+    version = importlib.metadata.version("jax-cuda13-plugin")
+    if version != jax.__version__:
+        pytest.skip(f"jax's CUDA plugin is of version {version}; {jax.__version__} fits")
+    if shutil.which("ptxas") is None and importlib.util.find_spec("nvidia.cu13") is None:
+        pytest.skip("compiling for a GPU needs ptxas, of CUDA 13 or of pip install nvidia-cuda-nvcc")
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name="", target_config=H200, topology="1x1x1")
+    return NamedSharding(Mesh(np.array(topology.devices[:1]), ("x",)), PartitionSpec())
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
+def _reports(folder: Path) -> dict[str, KernelReport]:
+    """From files NAME_0.ptx, NAME_0.ptxas and, by another count, NAME_0.resources.txt of each kernel."""
+    texts = collections.defaultdict(dict)
+    for path in folder.iterdir():
+        name, kind = re.fullmatch(r"(.+?)_\d+\.(.+)", path.name).groups()
+        if kind in ("ptx", "ptxas", "resources.txt"):
+            assert kind not in texts[name], f"two kernels are called {name}"
+            texts[name][kind] = path.read_text()
+
+    def number(pattern: str, text: str) -> int:
+        return int(re.search(pattern, text).group(1))
+
+    return {
+        name: KernelReport(
+            registers=number(r"Used (\d+) registers", of["ptxas"]),
+            # One line of the assembler's report, of which a warning repeats the numbers.
+            spill_bytes=number(r"frame, (\d+) bytes spill", of["ptxas"])
+            + number(r"frame, .*, (\d+) bytes spill loads", of["ptxas"]),
+            shared_memory_bytes=number(r"smem_scratch_bytes=(\d+)", of["resources.txt"]),
+            num_wgmma=of["ptx"].count("wgmma.mma_async"), num_coarse_tanh=of["ptx"].count("tanh.approx"))
+        for name, of in texts.items()}
