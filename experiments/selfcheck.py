@@ -43,9 +43,13 @@ def main(argv: list[str]) -> None:
     for check in checks(device.platform):
         for dtype in LIMITS:
             for implementation, errors in errors_of(check, dtype):
+                name = check.op, check.case, implementation, dtype
+                if isinstance(errors, str):
+                    rows.append((*name, "", "", f"not run: {errors}"))
+                    continue
                 is_good = all(error <= LIMITS[dtype] for error in errors)
                 failed |= not is_good
-                rows.append((check.op, check.case, implementation, dtype, *(f"{error:.1e}" for error in errors),
+                rows.append((*name, *(f"{error:.1e}" for error in errors),
                              "ok" if is_good else f"ABOVE {LIMITS[dtype]:.0e}"))
                 print(".", end="", flush=True)
     print("\n" + "\n".join(aligned(rows, left=(0, 1, 2, 3, 6))))
@@ -91,8 +95,8 @@ def checks(platform: str) -> Iterator[Check]:
     yield Check("smooth", "300 chunks", average, (normal(2, 300, 64),), ("associative",))
 
 
-def errors_of(check: Check, dtype: str) -> Iterator[tuple[str, tuple[float, float]]]:
-    """Relative root mean square errors of values and of gradients, for each implementation."""
+def errors_of(check: Check, dtype: str) -> Iterator[tuple[str, tuple[float, float] | str]]:
+    """For each implementation, relative root mean square errors of values and of gradients, or why it cannot run."""
     rounded = [x.astype(dtype) for x in check.inputs]
     exact = [x.astype(jnp.float32) for x in rounded]
 
@@ -106,7 +110,8 @@ def errors_of(check: Check, dtype: str) -> Iterator[tuple[str, tuple[float, floa
     for implementation in check.implementations:
         try:
             value, gradients = values_and_gradients(implementation, *rounded)
-        except NotImplementedError:  # a kernel without this dtype, or for another chip
+        except NotImplementedError as reason:
+            yield implementation, str(reason)
             continue
         yield implementation, (_error(value, expected),
                                max(map(_error, gradients, expected_gradients)))

@@ -7,6 +7,8 @@ from experiments.selfcheck import Check, checks, errors_of, main
 
 
 def _scaled(implementation, x):
+    if implementation == "lacking":
+        raise NotImplementedError("no such chip")
     return {"reference": 1.0, "good": 1.0, "wrong": 1.001, "nan": jnp.nan}[implementation] * x
 
 
@@ -22,11 +24,12 @@ def test_errors_are_relative_and_nan_is_infinite():
 
 
 def test_a_wrong_implementation_is_named_and_fails_the_command(monkeypatch, capsys):
-    monkeypatch.setattr(selfcheck, "checks", lambda platform: [_check("good", "wrong")])
+    monkeypatch.setattr(selfcheck, "checks", lambda platform: [_check("good", "lacking", "wrong")])
     with pytest.raises(SystemExit, match="not what its reference says"):
         main([])
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.endswith("ABOVE 2e-06") for line in lines) == 1
+    assert sum(line.endswith("not run: no such chip") for line in lines) == 2, "one for each dtype"
     monkeypatch.setattr(selfcheck, "checks", lambda platform: [_check("good")])
     main([])
 
