@@ -96,7 +96,7 @@ def checks(platform: str) -> Iterator[Check]:
 
 
 def errors_of(check: Check, dtype: str) -> Iterator[tuple[str, tuple[float, float] | str]]:
-    """For each implementation, relative errors (root mean square) of values and gradients, or why it cannot run."""
+    """For each implementation, relative RMS errors of values and of gradients, or why it cannot run."""
     rounded = [x.astype(dtype) for x in check.inputs]
     exact = [x.astype(jnp.float32) for x in rounded]
 
