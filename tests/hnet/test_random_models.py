@@ -140,7 +140,7 @@ SETTINGS = dict(deadline=None, derandomize=True, database=None, phases=[hypothes
                 suppress_health_check=list(hypothesis.HealthCheck))
 
 
-@hypothesis.settings(max_examples=3, **SETTINGS)
+@hypothesis.settings(max_examples=2, **SETTINGS)
 @hypothesis.given(cases())
 def test_a_few_random_models(case):
     check(case)

@@ -54,12 +54,14 @@ def test_fixed_patterns_read_what_they_say(attend, mask, segments):
     inputs = _inputs()
     allowed = mask[None, None] if segments is None else mask & SAME[:, None]
     segments = None if segments is None else jnp.asarray(segments)
-    assert_matches(attend(*inputs, segments, block=BLOCK), _dense(*inputs, allowed), dtype="float32", scale=2)
+    y = jax.jit(partial(attend, block=BLOCK))(*inputs, segments)
+    assert_matches(y, _dense(*inputs, allowed), dtype="float32", scale=2)
 
 
 def test_big_bird_adds_random_earlier_blocks_the_same_ones_each_time():
     inputs = _inputs()
-    attend = partial(big_bird_attention, num_near=1, num_global=1, block=4)
+    attend = jax.jit(partial(big_bird_attention, num_near=1, num_global=1, block=4),
+                     static_argnames=("num_random", "seed"))
     none, some, again, other = (attend(*inputs, num_random=n, seed=s) for n, s in ((0, 0), (2, 0), (2, 0), (2, 1)))
     changed = np.abs(np.asarray(some - none)).max(axis=(0, 2, 3)) > 1e-6
     assert changed[8:].any() and not changed[:8].any(), "the first two blocks have no others to draw from"
@@ -95,7 +97,7 @@ def test_moba_reads_its_own_block_and_those_of_the_best_mean_keys(segments):
 
 def test_moba_with_room_for_all_blocks_is_causal_attention_and_its_gradient():
     inputs = _inputs()
-    loss = lambda attend: jax.grad(lambda *x: jnp.sum(attend(*x) ** 2), (0, 1, 2))(*inputs)  # noqa: E731
+    loss = lambda attend: jax.jit(jax.grad(lambda *x: jnp.sum(attend(*x) ** 2), (0, 1, 2)))(*inputs)  # noqa: E731
     assert_matches(loss(partial(moba_attention, top_k=9, block=BLOCK)),
                    loss(lambda q, k, v: _dense(q, k, v, (KEY <= QUERY)[None, None])), dtype="float32", scale=4)
 
@@ -105,7 +107,8 @@ def test_native_sparse_attention_is_the_sum_of_its_gated_branches():
     draw = Draw(3)
     count = T // BLOCK
     summary_k, summary_v, gates = draw(B, count, N, K), draw(B, count, N, K), draw.uniform(B, T, H, 3)
-    attend = partial(native_sparse_attention, q, k, v, summary_k, summary_v, num_selected=4, window=6, block=BLOCK)
+    attend = jax.jit(partial(
+        native_sparse_attention, q, k, v, summary_k, summary_v, num_selected=4, window=6, block=BLOCK))
 
     # To summaries: plain softmax over those that have passed.
     is_past = np.arange(1, count + 1) * BLOCK - 1 <= QUERY
