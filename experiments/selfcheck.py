@@ -17,7 +17,16 @@ import numpy as np
 
 from experiments.errors import run_command
 from experiments.text_table import aligned
-from layers import BlockLists, MaskSpec, block_sparse_attention, smooth, ssd_scan
+from layers import (
+    BlockLists,
+    MaskSpec,
+    block_sparse_attention,
+    diagonal_recurrence,
+    gated_delta_rule,
+    gated_linear_attention,
+    smooth,
+    ssd_scan,
+)
 
 LIMITS = {"float32": 2e-6, "bfloat16": 5e-3}  # a rounding to bfloat16 costs about 1.6e-3, and gradients take a few
 
@@ -86,6 +95,25 @@ def checks(platform: str) -> Iterator[Check]:
 
     inputs = normal(2, 300, 4, 32), normal(2, 300, 1, 16), normal(2, 300, 1, 16)
     yield Check("ssd_scan", "300 tokens", scan, inputs, ("chunkwise",))
+    keys = normal(2, 200, 4, 32)
+    keys = keys / jnp.linalg.norm(keys, axis=-1, keepdims=True)
+    # A tenth of the gates are shut, as many wide open.
+    hostile = jnp.asarray(rng.choice([-60.0, -1e-7, -0.1, -1.0, -3.0], (2, 200, 4, 32), p=[0.1, 0.1, 0.3, 0.3, 0.2]),
+                          jnp.float32)
+
+    def attention_per_channel(implementation, q, k, v):
+        return gated_linear_attention(q, k, v, hostile, implementation=implementation)[0]
+
+    def delta_per_head(implementation, q, k, v):
+        return gated_delta_rule(q, k, v, None, hostile[..., 0], implementation=implementation)[0]
+
+    def diagonal(implementation, x):
+        return diagonal_recurrence(x, log_a=hostile[:, :, 0], implementation=implementation)[0]
+
+    inputs = normal(2, 200, 4, 32), keys, normal(2, 200, 4, 16)
+    yield Check("gated_linear_attention", "hostile gates", attention_per_channel, inputs, ("chunkwise",))
+    yield Check("gated_delta_rule", "hostile gates", delta_per_head, inputs, ("chunkwise",))
+    yield Check("diagonal_recurrence", "hostile gates", diagonal, (normal(2, 200, 32),), ("associative",))
     probability = jnp.asarray(rng.uniform(0.05, 0.95, (2, 300)), jnp.float32)
     restarts = jnp.arange(300)[None] % 70 == jnp.array([[0], [5]])
 

@@ -14,6 +14,8 @@ from layers.block_sparse_attention import (
     sharded_block_sparse_attention,
 )
 from layers.causal_conv import CausalDepthwiseConv, causal_depthwise_conv
+from layers.diagonal_recurrence import diagonal_recurrence
+from layers.dplr_recurrence import dplr_recurrence
 from layers.dynamic_chunking import (
     ChunkPlan,
     PoolState,
@@ -26,6 +28,8 @@ from layers.dynamic_chunking import (
     straight_through,
 )
 from layers.feed_forward import SwiGLU
+from layers.gated_delta_rule import gated_delta_product, gated_delta_rule
+from layers.gated_linear_attention import gated_linear_attention, rwkv6_recurrence
 from layers.mamba2 import Mamba2, Mamba2State
 from layers.mask_spec import MaskSpec, pack_row_select
 from layers.native_sparse_attention import NativeSparseAttention, native_sparse_attention
@@ -61,10 +65,11 @@ __all__ = [
     "KVUpdate", "Mamba2", "Mamba2State", "MaskSpec", "NativeSparseAttention", "PoolState", "RMSNorm",
     "RouterHints", "RouterState", "SpaceRouter", "SparseAttention", "StrideRouter", "SwiGLU", "assign_chunks",
     "big_bird_attention", "block_sparse_attention", "boundary_probability", "cached_attention",
-    "causal_depthwise_conv", "chunk", "chunk_pooled", "dechunk", "dilated_attention", "document_attention",
-    "dot_product_attention", "is_spacelike", "last_real", "masked_attention", "merge_by_lse", "moba_attention",
-    "native_sparse_attention", "pack_row_select", "pack_rows", "pack_segments", "paged_attention",
-    "ratio_loss", "rms_norm", "rotary", "segment_ordinals", "segment_positions", "segment_starts",
-    "selected_blocks_attention", "sharded_block_sparse_attention", "sliding_window_attention", "smooth",
-    "ssd_scan", "straight_through",
+    "causal_depthwise_conv", "chunk", "chunk_pooled", "dechunk", "diagonal_recurrence", "dilated_attention",
+    "document_attention", "dot_product_attention", "dplr_recurrence", "gated_delta_product",
+    "gated_delta_rule", "gated_linear_attention", "is_spacelike", "last_real", "masked_attention",
+    "merge_by_lse", "moba_attention", "native_sparse_attention", "pack_row_select", "pack_rows",
+    "pack_segments", "paged_attention", "ratio_loss", "rms_norm", "rotary", "rwkv6_recurrence",
+    "segment_ordinals", "segment_positions", "segment_starts", "selected_blocks_attention",
+    "sharded_block_sparse_attention", "sliding_window_attention", "smooth", "ssd_scan", "straight_through",
 ]

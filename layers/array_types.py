@@ -13,9 +13,9 @@ crosses from one segment into another. Their arithmetic is in `segments.py`.
 import jax
 import numpy as np
 from beartype import beartype
-from jaxtyping import Bool, Float, Int, Integer, Shaped, jaxtyped
+from jaxtyping import Bool, Float, Inexact, Int, Integer, Shaped, jaxtyped
 
-__all__ = ["Array", "Bool", "Float", "Int", "Integer", "Scalar", "Shaped", "typed"]
+__all__ = ["Array", "Bool", "Float", "Inexact", "Int", "Integer", "Scalar", "Shaped", "typed"]
 
 Array = jax.Array | np.ndarray
 Scalar = int | float | np.number | Float[Array, ""] | Integer[Array, ""]  # a number, traced or not

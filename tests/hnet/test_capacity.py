@@ -123,14 +123,12 @@ def _temporary_bytes(**stage_fields) -> int:
     return jax.jit(jax.grad(loss)).lower(params, tokens).compile().memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.optimised
 def test_memory_follows_the_capacity_and_growing_costs_no_more_than_its_largest_way():
     full, quarter = _temporary_bytes(), _temporary_bytes(capacity=0.25)
     assert quarter < 0.5 * full
     assert _temporary_bytes(capacity=0.25, overflow="grow", grow_to=(0.5, 1.0)) < 1.25 * full
 
 
-@pytest.mark.optimised
 def test_rematerialisation_of_a_stage_saves_memory():
     def of_inner(remat):
         inner = StageConfig(width=64, encoder="T6", decoder="", num_heads=2, feed_forward_width=256, remat=remat)

@@ -126,7 +126,6 @@ def test_padding_is_silent_and_leaves_the_state_alone(implementation, chunk_size
     assert_matches((y[:1, 10:20], state[:1]), expected, dtype="float32")
 
 
-@pytest.mark.optimised
 def test_backward_pass_keeps_one_state_per_chunk_not_per_token():
     (*inputs, _), _ = _inputs(2048, "float32", hostile=False)
 

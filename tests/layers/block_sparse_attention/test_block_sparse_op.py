@@ -197,7 +197,6 @@ def test_traced_entries_that_name_no_block_are_as_if_they_were_not_there():
     assert_matches(jax.jit(_run)(inputs._replace(blocks=bad)), expected, dtype="float32", scale=2)
 
 
-@pytest.mark.optimised
 @pytest.mark.parametrize("with_gradient", [False, True])
 def test_memory_is_a_small_part_of_all_scores(with_gradient):
     tokens, heads = 4096, 8

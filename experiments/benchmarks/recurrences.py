@@ -1,0 +1,103 @@
+"""Times recurrences with a gradient: the chunkwise form against the scan over tokens that the equation says.
+
+  python -m experiments.benchmarks.recurrences [--outdir=docs/benchmarks] [--repeats=5]
+
+2 rows of 2048 tokens, 4 heads with states of 64 x 64; and a diagonal state of 512 channels in 4 rows of 4096
+tokens, for which the other way is jax.lax.associative_scan. `over_reference` is the time over that of the scan in
+the same pass: below 1 is faster. `temporary_mib` is what XLA sets aside beside inputs and outputs.
+"""
+import argparse
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.benchmarks.timing import interleaved_seconds, write_results
+from experiments.errors import run_command
+from layers import diagonal_recurrence, dplr_recurrence, gated_delta_rule, gated_linear_attention
+
+ROWS, TOKENS, HEADS, WIDTH = 2, 2048, 4, 64
+DIAGONAL_SHAPE = (4, 4096, 512)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.benchmarks.recurrences", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--outdir", type=Path, default=Path("docs/benchmarks"), help="where the JSON goes")
+    parser.add_argument("--repeats", type=int, default=5, help="timed calls of each way")
+    arguments = parser.parse_args(argv)
+    rows = []
+    for name, (recur, inputs, implementations) in recurrences().items():
+        for backward in (False, True):
+            rows += measure(name, recur, inputs, implementations, backward, arguments.repeats)
+    write_results("recurrences", rows, arguments.outdir)
+
+
+def recurrences() -> dict[str, tuple[Callable, tuple[jax.Array, ...], tuple[str, ...]]]:
+    """For each op: a function of an implementation and inputs, those inputs, and its implementations."""
+    rng = np.random.default_rng(0)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.standard_normal(shape, np.float32))
+
+    def unit(x: jax.Array) -> jax.Array:
+        return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+    shape = (ROWS, TOKENS, HEADS)
+    q, k, v = normal(*shape, WIDTH), unit(normal(*shape, WIDTH)), normal(*shape, WIDTH)
+    beta, of_head = jax.nn.sigmoid(normal(*shape)), jax.nn.log_sigmoid(normal(*shape) + 2)
+    of_channel = jax.nn.log_sigmoid(normal(*shape, WIDTH) + 2)
+    ways = ("reference", "chunkwise")
+
+    def attention(implementation, q, k, v, decay):
+        return gated_linear_attention(q, k, v, decay, implementation=implementation)[0]
+
+    def delta(implementation, q, k, v, beta, decay):
+        return gated_delta_rule(q, k, v, beta, decay, implementation=implementation)[0]
+
+    def rwkv7(implementation, r, w, k, v, a, b):
+        return dplr_recurrence(r, w, k, v, a, b, implementation=implementation)[0]
+
+    def diagonal(implementation, x, log_a):
+        return diagonal_recurrence(x, log_a=log_a, implementation=implementation)[0]
+
+    return {
+        "ssd": (attention, (q, k, v, of_head), ways),
+        "gla": (attention, (q, k, v, of_channel), ways),
+        "gated_delta_rule": (delta, (q, k, v, beta, of_head), ways),
+        "kda": (delta, (q, k, v, beta, of_channel), ways),
+        "rwkv7": (rwkv7, (q, of_channel, k, v, -k, k * beta[..., None]), ways),
+        "diagonal": (diagonal, (normal(*DIAGONAL_SHAPE), jax.nn.log_sigmoid(normal(*DIAGONAL_SHAPE) + 2)),
+                     ("reference", "associative")),
+    }
+
+
+def measure(
+    name: str, recur: Callable, inputs: tuple[jax.Array, ...], implementations: tuple[str, ...], backward: bool,
+    repeats: int,
+) -> list[dict[str, Any]]:
+    compiled, compile_seconds = {}, {}
+    for implementation in implementations:
+        run = functools.partial(recur, implementation)
+        if backward:
+            run = jax.grad(lambda *x, run=run: jnp.sum(run(*x) ** 2), argnums=tuple(range(len(inputs))))
+        start = time.perf_counter()
+        compiled[implementation] = jax.jit(run).lower(*inputs).compile()
+        compile_seconds[implementation] = time.perf_counter() - start
+    seconds = interleaved_seconds(
+        {each: functools.partial(function, *inputs) for each, function in compiled.items()}, repeats=repeats)
+    return [{
+        "recurrence": name, "backward": backward, "implementation": each, "milliseconds": 1e3 * taken,
+        "over_reference": taken / seconds["reference"], "compile_seconds": compile_seconds[each],
+        "temporary_mib": compiled[each].memory_analysis().temp_size_in_bytes / 2**20,
+    } for each, taken in seconds.items()]
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,32 @@
+"""A matrix state with a transition of diagonal plus low rank: RWKV-7."""
+import jax.numpy as jnp
+
+from layers.array_types import Array, Float, Int, typed
+from layers.matrix_recurrence import MatrixImplementation, Tokens, matrix_recurrence
+
+
+@typed
+def dplr_recurrence(
+    r: Float[Array, "b t h k"],
+    w: Float[Array, "b t h k"],
+    k: Float[Array, "b t h k"],
+    v: Float[Array, "b t h v"],
+    a: Float[Array, "b t h k"],
+    b: Float[Array, "b t h k"],
+    *,
+    initial_state: Float[Array, "b h k v"] | Float[Array, "b n h k v"] | None = None,
+    segment_ids: Int[Array, "b t"] | None = None,
+    reverse: bool = False,
+    scale: float = 1.0,
+    implementation: MatrixImplementation = "auto",
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"] | Float[Array, "b n h k v"]]:
+    """Runs S_t = diag(exp w_t) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T; returns o_t = scale S_t^T r_t, and S.
+
+    RWKV-7 (arXiv 2503.14456) eq. 17, with a = -kappa and b = kappa * gate. The state is float32; o has v's dtype.
+
+    Args:
+      w: natural log of the decay, <= 0.
+      initial_state, segment_ids, reverse, implementation: as of `gated_linear_attention`.
+    """
+    tokens = Tokens(scale * r.astype(jnp.float32), k, v, w.astype(jnp.float32), a, b)
+    return matrix_recurrence(tokens, initial_state, segment_ids, implementation, reverse=reverse)

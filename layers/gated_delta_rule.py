@@ -1,0 +1,89 @@
+"""The delta rule with a decaying matrix state: DeltaNet, Gated DeltaNet, KDA, Comba, gated DeltaProduct, GDN-2."""
+import jax.numpy as jnp
+
+from layers.array_types import Array, Float, Int, typed
+from layers.matrix_recurrence import MatrixImplementation, Tokens, matrix_recurrence, per_head, per_key
+
+
+@typed
+def gated_delta_rule(
+    q: Float[Array, "b t g k"],
+    k: Float[Array, "b t g k"],
+    v: Float[Array, "b t h v"],
+    beta: Float[Array, "b t h"] | None = None,
+    log_decay: Float[Array, "b t h"] | Float[Array, "b t h k"] | None = None,
+    *,
+    read_key: Float[Array, "b t g k"] | None = None,
+    erase: Float[Array, "b t h k"] | None = None,
+    write: Float[Array, "b t h v"] | None = None,
+    initial_state: Float[Array, "b h k v"] | Float[Array, "b n h k v"] | None = None,
+    segment_ids: Int[Array, "b t"] | None = None,
+    reverse: bool = False,
+    scale: float | None = None,
+    implementation: MatrixImplementation = "auto",
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"] | Float[Array, "b n h k v"]]:
+    """Decays the state, then replaces what it answers to a key: S_t = S' + k_t (beta_t (v_t - S'^T k_t))^T.
+
+    S' = diag(exp log_decay_t) S_{t-1}, and o_t = scale S_t^T q_t. DeltaNet (arXiv 2406.06484); with a decay per
+    head Gated DeltaNet (2412.06464) eq. 10, per key channel KDA (2510.26692). Keys should have norm 1 at most and
+    beta be in [0, 2], or the state grows. The state is float32; o has the dtype of v. A single token (t = 1) with
+    the state of those before is a decoding step.
+
+    Args:
+      q, k, read_key: value head i uses head i // (h / g).
+      beta: how much of the answer is replaced; None means 1.
+      log_decay: natural log of the decay, <= 0; None decays nothing.
+      read_key: the answer that is subtracted is that to this key, not to k (Comba, arXiv 2506.02475).
+      erase, write: gates of the subtracted key and of the value, per channel, each in the place of beta (GDN-2).
+      initial_state, segment_ids, reverse, scale, implementation: as of `gated_linear_attention`.
+    Raises:
+      ValueError: heads or the shape of log_decay do not fit those of v, or beta is given beside erase and write.
+    """
+    if beta is not None and (erase is not None or write is not None):
+        raise ValueError("beta stands for erase and write both; give beta, or those two")
+    q, k = per_head(q, v, "q"), per_head(k, v, "k")
+    decay = per_key(log_decay, q)
+    exact_k, exact_v = k.astype(jnp.float32), v.astype(jnp.float32)
+    answered = exact_k if read_key is None else per_head(read_key, v, "read_key").astype(jnp.float32)
+    gate = jnp.ones(v.shape[:3], jnp.float32) if beta is None else beta.astype(jnp.float32)
+    erase = gate[..., None] if erase is None else erase.astype(jnp.float32)
+    write = gate[..., None] if write is None else write.astype(jnp.float32)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    # a reads the state before the decay; -k writes what was answered away.
+    tokens = Tokens(scale * q.astype(jnp.float32), exact_k, write * exact_v, decay,
+                    a=erase * answered * jnp.exp(decay), b=-exact_k)
+    o, state = matrix_recurrence(tokens, initial_state, segment_ids, implementation, reverse=reverse)
+    return o.astype(v.dtype), state
+
+
+@typed
+def gated_delta_product(
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b t r h k"],
+    v: Float[Array, "b t r h v"],
+    beta: Float[Array, "b t r h"],
+    log_decay: Float[Array, "b t h"] | None = None,
+    *,
+    initial_state: Float[Array, "b h k v"] | Float[Array, "b n h k v"] | None = None,
+    segment_ids: Int[Array, "b t"] | None = None,
+    scale: float | None = None,
+    implementation: MatrixImplementation = "auto",
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"] | Float[Array, "b n h k v"]]:
+    """One decay, then r steps of the delta rule for each token (arXiv 2502.10297); read after the last.
+
+    Arguments as of `gated_delta_rule`, with r keys, values and betas per token.
+    """
+    batch, length, steps, num_heads = beta.shape
+
+    def flat(x):
+        return x.reshape(batch, length * steps, *x.shape[3:])
+
+    decay = jnp.zeros((batch, length, steps, num_heads), jnp.float32)
+    if log_decay is not None:
+        decay = decay.at[:, :, 0].set(log_decay)
+    queries = jnp.repeat(q, steps, axis=1)
+    segments = None if segment_ids is None else jnp.repeat(segment_ids, steps, axis=1)
+    o, state = gated_delta_rule(
+        queries, flat(k), flat(v), flat(beta), flat(decay), initial_state=initial_state, segment_ids=segments,
+        scale=scale, implementation=implementation)
+    return o[:, steps - 1 :: steps], state

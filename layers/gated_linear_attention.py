@@ -1,0 +1,73 @@
+"""Linear attention with a decaying matrix state: RetNet, Mamba-2's SSD, simple GLA, GLA, HGRN2, RWKV-6."""
+import jax.numpy as jnp
+
+from layers.array_types import Array, Float, Int, typed
+from layers.matrix_recurrence import MatrixImplementation, Tokens, matrix_recurrence, per_head, per_key
+
+
+@typed
+def gated_linear_attention(
+    q: Float[Array, "b t g k"],
+    k: Float[Array, "b t g k"],
+    v: Float[Array, "b t h v"],
+    log_decay: Float[Array, "b t h"] | Float[Array, "b t h k"] | None = None,
+    *,
+    initial_state: Float[Array, "b h k v"] | Float[Array, "b n h k v"] | None = None,
+    segment_ids: Int[Array, "b t"] | None = None,
+    reverse: bool = False,
+    scale: float | None = None,
+    implementation: MatrixImplementation = "auto",
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"] | Float[Array, "b n h k v"]]:
+    """Runs S_t = diag(exp log_decay_t) S_{t-1} + k_t v_t^T and returns o_t = scale S_t^T q_t, and the last state.
+
+    GLA (arXiv 2312.06635) eq. 3; with a decay per head RetNet (2307.08621) and Mamba-2 (2405.21060); with
+    k = 1 - exp(log_decay) HGRN2 (2404.07904). The state is float32; o has the dtype of v. A single token (t = 1)
+    with the state of those before is a decoding step.
+
+    Args:
+      q, k: value head i uses head i // (h / g).
+      log_decay: natural log of the decay, <= 0, per head or per key channel; None decays nothing.
+      initial_state: before the first token, float32; or one for each of n segments. None means zeros.
+      segment_ids: 0 is padding, whose o is 0 and which leaves the state alone; see `over_segments`.
+      reverse: run from the last token to the first.
+      scale: of q; None means 1 / sqrt(k).
+      implementation: "reference" runs token by token; "chunkwise" is for training, with the memory of one state
+        per chunk; "auto" is "reference" for a single token, else "chunkwise".
+    Raises:
+      ValueError: heads, or the shape of log_decay, do not fit those of v.
+    """
+    q, k = per_head(q, v, "q"), per_head(k, v, "k")
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    o, state = matrix_recurrence(
+        Tokens(scale * q.astype(jnp.float32), k, v, per_key(log_decay, q)), initial_state, segment_ids,
+        implementation, reverse=reverse)
+    return o, state
+
+
+@typed
+def rwkv6_recurrence(
+    q: Float[Array, "b t h k"],
+    k: Float[Array, "b t h k"],
+    v: Float[Array, "b t h v"],
+    log_decay: Float[Array, "b t h k"],
+    bonus: Float[Array, "h k"],
+    *,
+    initial_state: Float[Array, "b h k v"] | Float[Array, "b n h k v"] | None = None,
+    segment_ids: Int[Array, "b t"] | None = None,
+    reverse: bool = False,
+    scale: float | None = None,
+    implementation: MatrixImplementation = "auto",
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"] | Float[Array, "b n h k v"]]:
+    """Reads o_t = scale (S_{t-1} + diag(bonus) k_t v_t^T)^T q_t; then S_t = diag(exp g_t) S_{t-1} + k_t v_t^T.
+
+    RWKV-6 (arXiv 2404.05892) eq. 18. Arguments as of `gated_linear_attention`, without groups of heads.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    exact_q, exact_k, exact_v = (x.astype(jnp.float32) for x in (scale * q.astype(jnp.float32), k, v))
+    tokens = Tokens(exact_q, k, exact_v, log_decay.astype(jnp.float32))
+    o, state = matrix_recurrence(
+        tokens, initial_state, segment_ids, implementation, reverse=reverse, reads_before=True)
+    own = jnp.einsum("bthk,hk,bthk->bth", exact_q, bonus.astype(jnp.float32), exact_k)[..., None] * exact_v
+    if segment_ids is not None:
+        own = jnp.where((segment_ids != 0)[..., None, None], own, 0)
+    return (o + own).astype(v.dtype), state

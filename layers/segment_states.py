@@ -1,0 +1,45 @@
+"""What segments mean for a recurrence: which state enters where, and which one is the last."""
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from layers.segments import segment_ordinals
+
+
+def over_segments(
+    run: Callable[..., tuple[jax.Array, jax.Array]], tokens: Any, initial_state: jax.Array,
+    segment_ids: jax.Array | None, *, has_one_each: bool, reverse: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs a recurrence over rows of segments; returns the outputs [b, t, ...] and the last state.
+
+    Args:
+      run: called with tokens, an initial state, `is_real` [b, t] bool, False where a token is inert and reads 0,
+        and `begins` [b, t] bool, True where the state is to be dropped first, or None for nowhere.
+      tokens: a pytree of arrays [b, t, ...].
+      initial_state: [b, ...] enters the first token; other segments begin with zeros, and the last state is that
+        of the last segment. With `has_one_each` [b, n, ...], one for each segment of a row, and so is the last
+        state; a segment that is not there keeps its own. This costs n times the work.
+      reverse: run from the last token to the first.
+    """
+    def turned(x: jax.Array) -> jax.Array:
+        return jnp.flip(x, axis=1) if reverse else x
+
+    batch, length = jax.tree.leaves(tokens)[0].shape[:2]
+    if segment_ids is None:
+        segment_ids = jnp.ones((batch, length), jnp.int32)
+    tokens, is_real = jax.tree.map(turned, tokens), turned(segment_ids != 0)
+    if not has_one_each:
+        ordinals = segment_ordinals(turned(segment_ids))
+        before = jnp.concatenate([jnp.ones_like(ordinals[:, :1]), ordinals[:, :-1]], axis=1)
+        y, last = run(tokens, initial_state, is_real, ordinals > before)
+        return turned(y), last
+    ordinals = turned(segment_ordinals(segment_ids))
+
+    def of_one(number: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return run(tokens, state, is_real & (ordinals == number), None)
+
+    numbers = jnp.arange(1, initial_state.shape[1] + 1)
+    y, last = jax.vmap(of_one, in_axes=(0, 1), out_axes=(0, 1))(numbers, initial_state)
+    return turned(jnp.sum(y, axis=0).astype(y.dtype)), last

@@ -1,0 +1,253 @@
+"""Every recurrence against the official vectors and its spec: outputs, states, gradients; hostile gates too."""
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from layers import (
+    diagonal_recurrence,
+    dplr_recurrence,
+    gated_delta_product,
+    gated_delta_rule,
+    gated_linear_attention,
+    rwkv6_recurrence,
+)
+from layers.matrix_recurrence import unit_lower_inverse
+from tests.assertions import assert_golden, assert_matches, golden
+from tests.inputs import Draw
+
+
+def _linear_attention(x, **keywords):
+    return gated_linear_attention(x["q"], x["k"], x["v"], x.get("g"), **keywords)
+
+
+def _hgrn2(x, **keywords):
+    return gated_linear_attention(x["q"], 1 - jnp.exp(x["g"]), x["v"], x["g"], **keywords)
+
+
+def _ssd(x, **keywords):
+    return gated_linear_attention(x["C"], x["B"], x["X"], x["A"], scale=1.0, **keywords)
+
+
+def _rwkv6(x, **keywords):
+    return rwkv6_recurrence(x["q"], x["k"], x["v"], x["g"], x["u"], **keywords)
+
+
+def _delta(x, **keywords):
+    return gated_delta_rule(x["q"], x["k"], x["v"], x.get("beta"), x.get("g"), read_key=x.get("p"),
+                            erase=x.get("b"), write=x.get("w"), **keywords)
+
+
+def _delta_product(x, **keywords):
+    k, v, beta = (z.reshape(z.shape[0], -1, 2, *z.shape[2:]) for z in (x["k"], x["v"], x["beta"]))
+    return gated_delta_product(x["q"], k, v, beta, x["g"], scale=1.0, **keywords)
+
+
+def _rwkv7(x, **keywords):
+    return dplr_recurrence(x["r"], x["w"], x["k"], x["v"], x["a"], x["b"], **keywords)
+
+
+RECURRENCES = {  # the vectors of each, and how its inputs are called there
+    "rec_simple_gla": (_linear_attention, "q k v g"),
+    "rec_ssd": (_ssd, "C B X A"),
+    "rec_gla": (_linear_attention, "q k v g"),
+    "rec_hgrn2": (_hgrn2, "q v g"),
+    "rec_rwkv6": (_rwkv6, "q k v g u"),
+    "rec_deltanet": (_delta, "q k v beta"),
+    "rec_gated_deltanet": (_delta, "q k v beta g"),
+    "rec_kda": (_delta, "q k v beta g"),
+    "rec_comba": (_delta, "q k v beta g p"),
+    "rec_gdn2": (_delta, "q k v g b w"),
+    "rec_gated_delta_product": (_delta_product, "q k v beta g"),
+    "rec_rwkv7": (_rwkv7, "r w k v a b"),
+}
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunkwise"])
+@pytest.mark.parametrize("name", RECURRENCES)
+def test_outputs_states_and_gradients_are_those_of_the_official_vectors(name, implementation):
+    data = golden(name)
+    recur, names = RECURRENCES[name]
+    cases = sorted({key.split(".")[0] for key in data if "." in key})
+    assert len(cases) >= 2, "mild and hostile gates"
+    for case in cases:
+        of_case = {key.split(".")[1]: value for key, value in data.items() if key.startswith(f"{case}.")}
+        segments = of_case.get("segment_ids")
+        inputs = {key: jnp.asarray(of_case[key], jnp.float32) for key in [*names.split(), "h0"] if key in of_case}
+        if segments is not None:
+            inputs["h0"] = inputs["h0"][None]  # one per segment of the only row
+
+        @jax.jit
+        def run(inputs, do, d_state, segments=segments):
+            ids = None if segments is None else jnp.asarray(segments)
+
+            def of_inputs(x):
+                return recur(x, initial_state=x.get("h0"), segment_ids=ids, implementation=implementation)
+
+            (o, state), pull_back = jax.vjp(of_inputs, inputs)
+            return o, state, pull_back((do, jnp.broadcast_to(d_state, state.shape)))[0]
+
+        o, state, gradients = run(
+            inputs, jnp.asarray(of_case["do"], jnp.float32), jnp.asarray(of_case.get("dht", 0.0), jnp.float32))
+        if segments is not None:
+            gradients["h0"], state = gradients["h0"][0], state[0]
+        assert_golden(o, of_case["o"])
+        if "ht" in of_case:
+            assert_golden(state, of_case["ht"])
+        expected = {key: of_case[f"grad_{key}"] for key in gradients if f"grad_{key}" in of_case}
+        assert expected, case
+        assert_golden({key: gradients[key] for key in expected}, expected)
+
+
+DIAGONAL_CASES = {"c0": {}, "c1": dict(reverse=True), "c2": {}, "c3": {}, "c4": {}}
+
+
+@pytest.mark.parametrize("implementation", ["reference", "associative"])
+@pytest.mark.parametrize("case", DIAGONAL_CASES)
+def test_a_diagonal_state_is_that_of_the_official_vectors(case, implementation):
+    data = {key.split(".")[1]: value for key, value in golden("rec_diag").items() if key.startswith(f"{case}.")}
+    if "x_re" in data:
+        for name in ("x", "a", "y", "dy", "ht", "dht"):
+            if f"{name}_re" in data:
+                data[name] = data[f"{name}_re"] + 1j * data[f"{name}_im"]
+    dtype = jnp.complex64 if case == "c3" else jnp.float32
+    x, a, dy = (jnp.asarray(data[name], dtype) for name in ("x", "a", "dy"))
+    initial = jnp.asarray(data["h0"], dtype) if "h0" in data else None
+
+    @jax.jit
+    def run(x, a):
+        return diagonal_recurrence(x, a=a, initial_state=initial, implementation=implementation,
+                                   **DIAGONAL_CASES[case])
+
+    (y, last), pull_back = jax.vjp(run, x, a)
+    assert_golden(jnp.real(y), np.real(data["y"]))
+    if case == "c3":
+        assert_golden(jnp.imag(y), np.imag(data["y"]))
+        dx, da = pull_back((jnp.conj(dy), jnp.zeros_like(last)))
+        gradients = {"x": dx, "a": da}
+        for name, gradient in gradients.items():
+            if f"grad_{name}_re" in data:
+                assert_golden(jnp.real(gradient), data[f"grad_{name}_re"])
+        return
+    assert_golden(last, data["ht"])
+    dx, da = pull_back((dy, jnp.asarray(data["dht"], dtype)))
+    assert_golden((dx, da), (data["grad_x"], data["grad_a"]))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "associative"])
+def test_a_state_per_segment_is_that_of_the_official_vectors(implementation):
+    data = golden("rec_hgrn")
+    for case in ("c0", "c1", "c2"):
+        of_case = {key.split(".")[1]: value for key, value in data.items() if key.startswith(f"{case}.")}
+        segments = of_case.get("segment_ids")
+        x, g = (jnp.asarray(of_case[name], jnp.float32) for name in ("x", "g"))
+        h0 = jnp.asarray(of_case["h0"], jnp.float32) if "h0" in of_case else None
+        if segments is not None:
+            h0, segments = h0[None], jnp.asarray(segments)
+        (y, last), pull_back = jax.vjp(
+            jax.jit(lambda x, g, h0=h0, segments=segments: diagonal_recurrence(
+                x, log_a=g, initial_state=h0, segment_ids=segments, implementation=implementation)), x, g)
+        gradients = pull_back((jnp.asarray(of_case["do"], jnp.float32),
+                               jnp.asarray(of_case["dht"], jnp.float32).reshape(last.shape)))
+        assert_golden((y, last.reshape(of_case["ht"].shape)), (of_case["o"], of_case["ht"]))
+        assert_golden(gradients, (of_case["grad_x"], of_case["grad_g"]))
+
+
+B, H, K, V = 2, 2, 8, 12
+KINDS = ["none", "head", "channel"]
+
+
+def _inputs(length, kind, dtype="float32"):
+    draw = Draw(length)
+    unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+    decay = {"none": None, "head": -jnp.abs(draw(B, length, H)),
+             "channel": -20 * draw.uniform(B, length, H, K) ** 8}[kind]
+    x = {"q": draw(B, length, H, K), "k": unit(draw(B, length, H, K)), "v": draw(B, length, H, V),
+         "beta": 2 * draw.uniform(B, length, H)}
+    x = {name: value.astype(dtype) for name, value in x.items()}
+    return x | ({} if decay is None else {"g": decay}) | {"h0": draw(B, H, K, V)}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("length", [1, 7, 63, 65])
+def test_chunkwise_matches_the_spec_at_any_length_with_documents_and_padding(length, kind, dtype):
+    x = _inputs(length, kind, dtype)
+    ids = np.repeat([[1, 1, 2, 0, 3, 3, 4], [0, 5, 5, 5, 6, 7, 7]], -(-length // 7), axis=1)[:, :length]
+    ids = jnp.asarray(ids, jnp.int32)
+    exact = jax.tree.map(lambda z: z.astype(jnp.float32), x)
+
+    @partial(jax.jit, static_argnums=1)
+    def run(x, implementation):
+        def both(x):
+            keywords = dict(initial_state=x["h0"], segment_ids=ids, implementation=implementation)
+            return _linear_attention(x, **keywords), _delta(x, **keywords)
+
+        results, pull_back = jax.vjp(both, x)
+        return results, pull_back(jax.tree.map(jnp.ones_like, results))[0]
+
+    expected, expected_gradients = run(exact, "reference")
+    results, gradients = run(x, "chunkwise")
+    assert_matches(results, expected, dtype=dtype, scale=2)
+    assert_matches(gradients, expected_gradients, dtype=dtype, scale=8 if dtype == "float32" else 2)
+    assert all(not np.asarray(o)[np.asarray(ids) == 0].any() for o, _ in results)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "chunkwise"])
+@pytest.mark.parametrize("split", [1, 17, 64])
+def test_a_sequence_split_anywhere_equals_the_whole(split, implementation):
+    x = _inputs(80, "channel")
+    run = jax.jit(lambda x, h0: _delta(x, initial_state=h0, implementation=implementation))
+    whole, last = run(x, x["h0"])
+    first, state = run({name: z[:, :split] for name, z in x.items() if name != "h0"}, x["h0"])
+    second, end = run({name: z[:, split:] for name, z in x.items() if name != "h0"}, state)
+    assert_matches((jnp.concatenate([first, second], axis=1), end), (whole, last), dtype="float32", scale=4)
+
+
+def test_a_complex_state_split_anywhere_equals_the_whole():
+    draw = Draw(0)
+    x, angle = draw(B, 30, 6) + 1j * draw(B, 30, 6), draw(B, 30, 6)
+    a = 0.9 * jnp.exp(1j * angle)
+    whole, last = diagonal_recurrence(x, a=a)
+    first, state = diagonal_recurrence(x[:, :11], a=a[:, :11])
+    second, end = diagonal_recurrence(x[:, 11:], a=a[:, 11:], initial_state=state)
+    np.testing.assert_allclose(jnp.concatenate([first, second], axis=1), whole, atol=1e-6)
+    np.testing.assert_allclose(end, last, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["head", "channel"])
+def test_reverse_is_the_sequence_turned_round(kind):
+    x = _inputs(40, kind)
+    ids = jnp.asarray(np.repeat([[1, 2, 3, 0], [4, 4, 5, 5]], 10, axis=1), jnp.int32)
+    turned = {name: z if name == "h0" else jnp.flip(z, axis=1) for name, z in x.items()}
+    o, last = _delta(x, initial_state=x["h0"], segment_ids=ids, reverse=True)
+    expected, expected_last = _delta(turned, initial_state=x["h0"], segment_ids=jnp.flip(ids, axis=1))
+    assert_matches((o, last), (jnp.flip(expected, axis=1), expected_last), dtype="float32", scale=2)
+
+
+@pytest.mark.parametrize("length", [1, 2, 16, 23, 64])
+def test_the_inverse_of_a_triangle_of_similar_keys_is_exact_and_so_is_its_gradient(length):
+    rng = np.random.default_rng(0)
+    keys = rng.standard_normal(16) + 0.3 * rng.standard_normal((length, 16))
+    keys /= np.linalg.norm(keys, axis=1, keepdims=True)
+    a = np.tril(1.9 * keys @ keys.T, -1)
+    exact = np.linalg.inv(np.eye(length) + a)
+    inverse, pull_back = jax.vjp(unit_lower_inverse, jnp.asarray(a, jnp.float32))
+    assert_golden(inverse, exact, limit=5e-6)
+    gradient = rng.standard_normal((length, length))
+    expected = -np.tril(exact.T @ gradient @ exact.T, -1)
+    assert_golden(pull_back(jnp.asarray(gradient, jnp.float32))[0], expected, limit=2e-5, floor=1e-6)
+
+
+def test_what_does_not_fit_is_refused():
+    x = _inputs(7, "head")
+    with pytest.raises(ValueError, match="q has 3 heads, which must divide the 2 of v; arrays are time first"):
+        gated_linear_attention(jnp.ones((B, 7, 3, K)), jnp.ones((B, 7, 3, K)), x["v"])
+    with pytest.raises(ValueError, match="beta stands for erase and write both"):
+        gated_delta_rule(x["q"], x["k"], x["v"], x["beta"], erase=x["k"])
+    with pytest.raises(ValueError, match="exactly one of a and log_a"):
+        diagonal_recurrence(jnp.ones((1, 2, 3)))
+    with pytest.raises(Exception, match="log_decay"):
+        gated_linear_attention(x["q"], x["k"], x["v"], jnp.ones((B, H, 7)))
