@@ -98,8 +98,8 @@ def checks(platform: str) -> Iterator[Check]:
     keys = normal(2, 200, 4, 32)
     keys = keys / jnp.linalg.norm(keys, axis=-1, keepdims=True)
     # A tenth of the gates are shut, as many wide open.
-    hostile = jnp.asarray(rng.choice([-60.0, -1e-7, -0.1, -1.0, -3.0], (2, 200, 4, 32), p=[0.1, 0.1, 0.3, 0.3, 0.2]),
-                          jnp.float32)
+    gates, shares = [-60.0, -1e-7, -0.1, -1.0, -3.0], [0.1, 0.1, 0.3, 0.3, 0.2]
+    hostile = jnp.asarray(rng.choice(gates, (2, 200, 4, 32), p=shares), jnp.float32)
 
     def attention_per_channel(implementation, q, k, v):
         return gated_linear_attention(q, k, v, hostile, implementation=implementation)[0]
