@@ -75,7 +75,7 @@ def test_lists_of_a_mask_name_every_block_with_an_allowed_pair_and_have_no_room_
     assert lists.ids.shape[-1] == max(allowed.sum(-1).max(), 1)
 
 
-@hypothesis.settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@hypothesis.settings(max_examples=30, deadline=None, derandomize=True, database=None)
 @hypothesis.given(seed=st.integers(0, 10_000), causal=st.booleans(), window=st.sampled_from([None, 0, 3, 11]))
 def test_bounds_never_call_an_allowed_tile_empty_nor_a_forbidden_pair_full(seed, causal, window):
     rng = np.random.default_rng(seed)
