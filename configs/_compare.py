@@ -12,8 +12,8 @@ from experiments.config import DataConfig, OptimizerConfig, RunConfig
 from hnet import HNetConfig, StageConfig
 
 
-def chunked_config(*, router: str, **router_fields) -> ConfigDict:
-    """A one-stage H-Net with this router; no boundary is ever demoted."""
+def chunked_config(*, router: str, aim: float = 11.0, **router_fields) -> ConfigDict:
+    """A one-stage H-Net with this router; no boundary is ever demoted. `aim` is for one that learns."""
     stages = (
         StageConfig(
             width=64, encoder="m2", decoder="m2", router=router, **router_fields,
@@ -22,9 +22,8 @@ def chunked_config(*, router: str, **router_fields) -> ConfigDict:
         StageConfig(
             width=128, encoder="T4", decoder="", num_heads=4, rotary_width=16, feed_forward_width=256),
     )
-    # The ratio loss is one pull among others: aimed at 12 bytes, learned chunks come out about 8 bytes long.
     objective = "hnet" if router == "learned" else "none"
-    return run_config(*stages, tokens_per_chunk=(12.0,), ratio_objective=objective)
+    return run_config(*stages, tokens_per_chunk=(aim,), ratio_objective=objective)
 
 
 def run_config(*stages: StageConfig, **fields) -> ConfigDict:
