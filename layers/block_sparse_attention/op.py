@@ -13,7 +13,7 @@ from layers.block_lists import BlockLists
 from layers.block_sparse_attention import pallas_gpu, pallas_tpu, xla
 from layers.block_sparse_attention.reference import attention_reference
 from layers.block_sparse_attention.tiles import Settings, Sizes, Tiles, make_tiles
-from layers.mask_spec import MaskSpec, add_sinks, pad_tokens
+from layers.mask_spec import SELECT_BITS, MaskSpec, add_sinks, pad_tokens
 
 BlockSparseImplementation = Literal["auto", "reference", "xla", "pallas_tpu", "pallas_gpu"]
 MODULES = {"xla": xla, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
@@ -146,7 +146,7 @@ def _settings(q, k, v, blocks, mask, implementation, interpret) -> Settings:
             f"heads 1, {num_key_heads} (key heads) or {num_heads} (query heads)")
     select = mask.row_select
     if select is not None:
-        words = -(-blocks.num_key_blocks // 32)
+        words = -(-blocks.num_key_blocks // SELECT_BITS)
         if select.ndim != 4 or select.shape[0] not in (1, batch) or select.shape[1] not in (1, heads) or (
                 select.shape[2:] != (words, num_queries)):
             raise ValueError(f"mask.row_select has shape {list(select.shape)}; [{batch}, {heads}, {words}, "

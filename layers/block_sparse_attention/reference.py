@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.block_lists import BlockLists
-from layers.mask_spec import MaskSpec, is_selected, may_attend, token_rows
+from layers.mask_spec import SELECT_BITS, MaskSpec, is_selected, may_attend, token_rows
 
 
 def attention_reference(
@@ -42,6 +42,6 @@ def dense_mask(
     block_of_key = jnp.arange(num_keys) // blocks.block_k
     listed = blocks.to_dense()[:, :, block_of_query][..., block_of_key]  # [b, m, t, s]
     if mask.row_select is not None:
-        words = mask.row_select[:, :, block_of_key // 32].swapaxes(-1, -2)  # [b, m, t, s]
+        words = mask.row_select[:, :, block_of_key // SELECT_BITS].swapaxes(-1, -2)  # [b, m, t, s]
         listed &= is_selected(words, block_of_key)
     return jnp.repeat(listed, num_heads // listed.shape[1], axis=1) & of_pair[:, None]

@@ -152,8 +152,10 @@ def test_a_query_reads_its_pages_in_any_order_and_shares_them():
         expected = masked_attention(q[row][None, None], jnp.repeat(k, 2, axis=2), jnp.repeat(v, 2, axis=2),
                                     jnp.ones((1, 1, length), bool), implementation="reference")
         assert_matches(y[row], expected[0, 0], dtype="float32", scale=2)
-    run(q, k_pages, v_pages, jnp.asarray(table[:, ::-1].copy()), jnp.asarray(lengths - 0), jnp.asarray(positions))
-    assert run._cache_size() == 1
+    fewer = jnp.asarray(lengths - [3, 0, 0])
+    shorter = run(q, k_pages, v_pages, jnp.asarray(table), fewer, jnp.asarray(positions))
+    assert run._cache_size() == 1, "tables and lengths are values"
+    assert not np.array_equal(shorter[0], y[0]) and np.array_equal(shorter[1:], y[1:])
 
 
 @pytest.mark.parametrize("layer", [
