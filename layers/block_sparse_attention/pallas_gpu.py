@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from layers.block_sparse_attention.tiles import ALL, NOTHING, Settings, Sizes, Tiles, live_first, transpose
+from layers.block_sparse_attention.tiles import ALL, NOTHING, Settings, Sizes, Tiles, transpose
 from layers.mask_spec import SELECT_BITS, is_selected, may_attend
 
 try:
@@ -90,7 +90,7 @@ def forward(
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     value_width = v.shape[-1]
     q, k, v = _same_width(q, k, v)
-    lists = _Lists.of(*live_first(tiles.ids, tiles.kinds))
+    lists = _Lists.of(tiles.ids, tiles.kinds)
     inputs = _Inputs(q, k, v, lists, tiles.q_rows, tiles.kv_rows, tiles.row_select)
     batch, num_heads, num_queries, width = q.shape
     o, lse = _launch(
@@ -114,7 +114,7 @@ def backward(
     q, k, v, do = _same_width(q, k, v, do)
     # What has lse = -inf sees nothing: all its pairs are forbidden, whatever the number here.
     statistics = jnp.stack([jnp.where(lse == -jnp.inf, 0, lse * LOG2_E), delta], axis=2)
-    lists = _Lists.of(*live_first(tiles.ids, tiles.kinds))
+    lists = _Lists.of(tiles.ids, tiles.kinds)
     inputs = _Inputs(q, k, v, lists, tiles.q_rows, tiles.kv_rows, tiles.row_select, statistics, do)
     (batch, num_heads, num_queries, width), (num_key_heads, num_keys) = q.shape, k.shape[1:3]
     (dq,) = _launch(

@@ -47,7 +47,7 @@ class Sizes(NamedTuple):
 class Tiles(NamedTuple):
     """The traced half, integers only."""
 
-    ids: jax.Array               # [b or 1, m, i, l] key blocks, in range
+    ids: jax.Array               # [b or 1, m, i, l] key blocks, in range, sorted as `live_first` does
     kinds: jax.Array             # [b or 1, m, i, l] NOTHING (also past the end of a list), SOME or ALL
     q_rows: jax.Array            # [b, 2, T] position and segment of each query; padding has segment 0
     kv_rows: jax.Array           # [b, 2, S]
@@ -58,15 +58,15 @@ def make_tiles(blocks: BlockLists, spec: MaskSpec, batch: int, num_queries: int,
     rows = token_rows(spec, num_queries, num_keys)
     q_bounds = block_bounds(rows.of_queries, blocks.block_q)
     kv_bounds = block_bounds(rows.of_keys, blocks.block_k)
-    blocks = blocks.without_bad_entries()
+    is_good = blocks.is_live() & (blocks.ids >= 0) & (blocks.ids < blocks.num_key_blocks)
     shape = (max(blocks.ids.shape[0], rows.of_keys.shape[0], rows.of_queries.shape[0]), *blocks.ids.shape[1:])
-    ids = jnp.broadcast_to(blocks.ids, shape)
+    ids = jnp.broadcast_to(jnp.clip(blocks.ids, 0, blocks.num_key_blocks - 1), shape)
     # Row by row: of libtpu 0.0.52, a gather along the last of four axes crashes the compiler.
     take = jax.vmap(lambda of_row, at: of_row[at])
     of_entry = jax.tree.map(lambda x: take(jnp.broadcast_to(x, (shape[0], x.shape[1])), ids), kv_bounds)
     some, everything = some_and_all(spec, jax.tree.map(lambda x: x[:, None, :, None], q_bounds), of_entry)
     kinds = jnp.where(everything, ALL, jnp.where(some, SOME, NOTHING))
-    kinds = jnp.where(blocks.is_live(), kinds, NOTHING).astype(jnp.int32)
+    ids, kinds = live_first(ids, jnp.where(is_good, kinds, NOTHING).astype(jnp.int32))
     q_rows = jnp.broadcast_to(rows.of_queries, (batch, 2, num_queries))
     kv_rows = jnp.broadcast_to(rows.of_keys, (batch, 2, num_keys))
     select = spec.row_select

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from layers.block_sparse_attention.tiles import NOTHING, Settings, Tiles, live_first, transpose
+from layers.block_sparse_attention.tiles import NOTHING, Settings, Tiles, transpose
 from layers.mask_spec import SELECT_BITS, is_selected, may_attend
 
 TOKENS_PER_TURN = 512  # more make larger matmuls, and more work past the end of a list
@@ -145,7 +145,7 @@ class _OfTiles:
         self.words = None if tiles.row_select is None else per_list(tiles.row_select)  # [b, n, w, T]
 
     def rows(self) -> _Lists:
-        return _Lists.of(*live_first(self.ids, self.kinds), self.settings.block_k)
+        return _Lists.of(self.ids, self.kinds, self.settings.block_k)
 
     def columns(self, num_key_blocks: int) -> _Lists:
         return _Lists.of(*transpose(self.ids, self.kinds, num_key_blocks), self.settings.block_q)

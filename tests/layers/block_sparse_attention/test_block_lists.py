@@ -87,7 +87,9 @@ def test_bounds_never_call_an_allowed_tile_empty_nor_a_forbidden_pair_full(seed,
         segment_ids=jnp.asarray(np.repeat(rng.integers(0, 3, (2, t // 4)), 4, axis=1)),
         kv_segment_ids=jnp.asarray(np.repeat(rng.integers(0, 3, (2, s // 8)), 8, axis=1)))
     lists = BlockLists.from_block_mask(jnp.ones((1, 1, 6, 5), bool), **BLOCKS)
-    kinds = np.asarray(make_tiles(lists, spec, 2, t, s).kinds)[:, 0]
+    tiles = make_tiles(lists, spec, 2, t, s)
+    kinds = np.zeros((2, 6, 5), np.int32)
+    np.put_along_axis(kinds, np.asarray(tiles.ids)[:, 0], np.asarray(tiles.kinds)[:, 0], axis=-1)
     pairs = np.asarray(dense_mask(lists, spec, 1, t, s))[:, 0].reshape(2, 6, 4, 5, 8)
     assert not (pairs.any(axis=(2, 4)) & (kinds == NOTHING)).any()
     assert pairs.all(axis=(2, 4))[kinds == ALL].all()
