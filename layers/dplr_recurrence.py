@@ -1,4 +1,5 @@
 """A matrix state with a transition of diagonal plus low rank: RWKV-7."""
+import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Float, Int, typed
@@ -28,5 +29,5 @@ def dplr_recurrence(
       w: natural log of the decay, <= 0.
       initial_state, segment_ids, reverse, implementation: as of `gated_linear_attention`.
     """
-    tokens = Tokens(scale * r.astype(jnp.float32), k, v, w.astype(jnp.float32), a, b)
-    return matrix_recurrence(tokens, initial_state, segment_ids, implementation, reverse=reverse)
+    tokens = jax.tree.map(lambda x: x[:, :, :, None], Tokens(r, k, v, w.astype(jnp.float32), a, b))
+    return matrix_recurrence(tokens, initial_state, segment_ids, implementation, scale=scale, reverse=reverse)

@@ -2,7 +2,14 @@
 import jax.numpy as jnp
 
 from layers.array_types import Array, Float, Int, typed
-from layers.matrix_recurrence import MatrixImplementation, Tokens, matrix_recurrence, per_head, per_key
+from layers.matrix_recurrence import (
+    MatrixImplementation,
+    Tokens,
+    decay_per_head,
+    matrix_recurrence,
+    per_group,
+    per_head,
+)
 
 
 @typed
@@ -41,18 +48,17 @@ def gated_delta_rule(
     """
     if beta is not None and (erase is not None or write is not None):
         raise ValueError("beta stands for erase and write both; give beta, or those two")
-    q, k = per_head(q, v, "q"), per_head(k, v, "k")
-    decay = per_key(log_decay, q)
-    exact_k, exact_v = k.astype(jnp.float32), v.astype(jnp.float32)
-    answered = exact_k if read_key is None else per_head(read_key, v, "read_key").astype(jnp.float32)
+    groups = k.shape[2]
     gate = jnp.ones(v.shape[:3], jnp.float32) if beta is None else beta.astype(jnp.float32)
-    erase = gate[..., None] if erase is None else erase.astype(jnp.float32)
-    write = gate[..., None] if write is None else write.astype(jnp.float32)
+    erase, write = (gate[..., None] if x is None else x.astype(jnp.float32) for x in (erase, write))
+    answered = per_group(k if read_key is None else read_key, v, "read_key").astype(jnp.float32)
+    # beta (v - S^T k) is beta v less what S answers to beta k.
+    tokens = Tokens(
+        per_group(q, v, "q"), per_group(k, v, "k"), per_head(write * v.astype(jnp.float32), groups),
+        decay_per_head(log_decay, v, groups), a=per_head(erase, groups) * answered)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    # a reads the state before the decay; -k writes what was answered away.
-    tokens = Tokens(scale * q.astype(jnp.float32), exact_k, write * exact_v, decay,
-                    a=erase * answered * jnp.exp(decay), b=-exact_k)
-    o, state = matrix_recurrence(tokens, initial_state, segment_ids, implementation, reverse=reverse)
+    o, state = matrix_recurrence(
+        tokens, initial_state, segment_ids, implementation, scale=scale, reverse=reverse)
     return o.astype(v.dtype), state
 
 

@@ -1,8 +1,16 @@
 """Linear attention with a decaying matrix state: RetNet, Mamba-2's SSD, simple GLA, GLA, HGRN2, RWKV-6."""
+import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Float, Int, typed
-from layers.matrix_recurrence import MatrixImplementation, Tokens, matrix_recurrence, per_head, per_key
+from layers.matrix_recurrence import (
+    MatrixImplementation,
+    Tokens,
+    decay_per_head,
+    matrix_recurrence,
+    per_group,
+    per_head,
+)
 
 
 @typed
@@ -17,6 +25,7 @@ def gated_linear_attention(
     reverse: bool = False,
     scale: float | None = None,
     implementation: MatrixImplementation = "auto",
+    chunk_size: int | None = None,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"] | Float[Array, "b n h k v"]]:
     """Runs S_t = diag(exp log_decay_t) S_{t-1} + k_t v_t^T and returns o_t = scale S_t^T q_t, and the last state.
 
@@ -32,16 +41,19 @@ def gated_linear_attention(
       reverse: run from the last token to the first.
       scale: of q; None means 1 / sqrt(k).
       implementation: "reference" runs token by token; "chunkwise" is for training, with the memory of one state
-        per chunk; "auto" is "reference" for a single token, else "chunkwise".
+        per chunk; "auto" is "chunkwise" where it is differentiated, which is then not possible in forward mode,
+        and on accelerators; else "reference", which a CPU runs faster.
+      chunk_size: tokens per step of "chunkwise": it changes speed, not results. None means 32, or 16 with a decay
+        per key channel.
     Raises:
-      ValueError: heads, or the shape of log_decay, do not fit those of v.
+      ValueError: heads do not fit those of v, chunk_size < 1, or, under `jax.debug_nans`, log_decay > 0.
     """
-    q, k = per_head(q, v, "q"), per_head(k, v, "k")
+    groups = k.shape[2]
+    tokens = Tokens(per_group(q, v, "q"), per_group(k, v, "k"), per_head(v, groups),
+                    decay_per_head(log_decay, v, groups))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    o, state = matrix_recurrence(
-        Tokens(scale * q.astype(jnp.float32), k, v, per_key(log_decay, q)), initial_state, segment_ids,
-        implementation, reverse=reverse)
-    return o, state
+    return matrix_recurrence(tokens, initial_state, segment_ids, implementation, scale=scale, reverse=reverse,
+                             chunk_size=chunk_size)
 
 
 @typed
@@ -63,11 +75,11 @@ def rwkv6_recurrence(
     RWKV-6 (arXiv 2404.05892) eq. 18. Arguments as of `gated_linear_attention`, without groups of heads.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    exact_q, exact_k, exact_v = (x.astype(jnp.float32) for x in (scale * q.astype(jnp.float32), k, v))
-    tokens = Tokens(exact_q, k, exact_v, log_decay.astype(jnp.float32))
+    exact_q, exact_k, exact_v = (x.astype(jnp.float32) for x in (q, k, v))
+    tokens = jax.tree.map(lambda x: x[:, :, :, None], Tokens(q, k, exact_v, log_decay.astype(jnp.float32)))
     o, state = matrix_recurrence(
-        tokens, initial_state, segment_ids, implementation, reverse=reverse, reads_before=True)
-    own = jnp.einsum("bthk,hk,bthk->bth", exact_q, bonus.astype(jnp.float32), exact_k)[..., None] * exact_v
+        tokens, initial_state, segment_ids, implementation, scale=scale, reverse=reverse, reads_before=True)
+    own = jnp.sum(scale * exact_q * bonus.astype(jnp.float32) * exact_k, axis=-1, keepdims=True) * exact_v
     if segment_ids is not None:
         own = jnp.where((segment_ids != 0)[..., None, None], own, 0)
     return (o + own).astype(v.dtype), state

@@ -9,8 +9,9 @@ from einops import rearrange
 from layers.array_types import Array, Float, Int, typed
 from layers.causal_conv import CausalDepthwiseConv
 from layers.linear import Linear
+from layers.matrix_recurrence import MatrixImplementation
 from layers.norms import rms_norm
-from layers.ssd import SSDImplementation, ssd_scan
+from layers.ssd import ssd_scan
 
 
 class Mamba2State(NamedTuple):
@@ -56,7 +57,7 @@ class Mamba2(nn.Module):
     chunk_size: int = 64
     init_std: float = 0.02
     out_init_std: float = 0.02
-    implementation: SSDImplementation = "auto"
+    implementation: MatrixImplementation = "auto"
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact

@@ -14,7 +14,7 @@ from layers import (
     gated_linear_attention,
     rwkv6_recurrence,
 )
-from layers.matrix_recurrence import unit_lower_inverse
+from layers.matrix_recurrence.triangular import unit_lower_inverse
 from tests.assertions import assert_golden, assert_matches, golden
 from tests.inputs import Draw
 
@@ -250,3 +250,27 @@ def test_what_does_not_fit_is_refused():
         diagonal_recurrence(jnp.ones((1, 2, 3)))
     with pytest.raises(Exception, match="log_decay"):
         gated_linear_attention(x["q"], x["k"], x["v"], jnp.ones((B, H, 7)))
+    with pytest.raises(ValueError, match="chunk_size 0 must be at least 1"):
+        gated_linear_attention(x["q"], x["k"], x["v"], chunk_size=0)
+
+
+def test_a_positive_log_decay_is_refused_where_nans_are_looked_for():
+    x = _inputs(7, "head")
+    refused = pytest.raises(ValueError, match=r"as large as 0\.5; it is the natural log of a decay")
+    with jax.debug_nans(True), refused:
+        jax.block_until_ready(gated_linear_attention(x["q"], x["k"], x["v"], x["g"].at[0, 3, 1].set(0.5)))
+
+
+def test_auto_steps_through_tokens_on_a_cpu_and_through_chunks_where_it_is_differentiated():
+    x = _inputs(70, "head")
+
+    def run(x, implementation):
+        return _delta(x, initial_state=x["h0"], implementation=implementation)[0]
+
+    auto = partial(run, implementation="auto")
+    gradient = jax.grad(lambda x: jnp.sum(auto(x) ** 2))
+    np.testing.assert_array_equal(jax.jit(auto)(x), jax.jit(partial(run, implementation="reference"))(x))
+    expected = jax.grad(lambda x: jnp.sum(run(x, "reference") ** 2))(x)
+    assert_matches(jax.jit(gradient)(x), expected, dtype="float32", scale=8)
+    lengths = [e.params["length"] for e in jax.make_jaxpr(gradient)(x).eqns if e.primitive.name == "scan"]
+    assert lengths and all(length == 3 for length in lengths), lengths

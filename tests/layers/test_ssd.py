@@ -57,31 +57,6 @@ def test_chunkwise_matches_reference_in_value_gradient_and_final_state(t, hostil
 
 
 @pytest.mark.parametrize(("implementation", "chunk_size"), IMPLEMENTATIONS)
-@pytest.mark.parametrize("case", ["rec_ssd c0", "rec_ssd c1", "rec_simple_gla c0", "rec_simple_gla c1"])
-def test_recurrence_golden_values_states_and_gradients(case, implementation, chunk_size):
-    """Mild (c0) and hostile (c1) decays, against float64."""
-    file, case = case.split()
-    data = {key.removeprefix(f"{case}."): z for key, z in golden(file).items() if key.startswith(case)}
-    names = ("X", "A", "B", "C") if file == "rec_ssd" else ("v", "g", "k", "q")
-    scale = 1 if file == "rec_ssd" else data["q"].shape[-1] ** -0.5
-    inputs = {name: data[name] for name in names} | ({"h0": data["h0"]} if "h0" in data else {})
-
-    def run(inputs):
-        x, log_decay, b, c = (inputs[name] for name in names)
-        return ssd_scan(x, log_decay, b, scale * c, initial_state=inputs.get("h0"),
-                        implementation=implementation, chunk_size=chunk_size)
-
-    @jax.jit
-    def values_and_gradients(inputs, cotangent):
-        values, vjp = jax.vjp(run, inputs)
-        return values, vjp(cotangent)
-
-    actual, (gradient,) = values_and_gradients(inputs, (data["do"], data["dht"]))
-    assert_golden(actual, (data["o"], data["ht"]))
-    assert_golden(gradient, {name: data[f"grad_{name}"] for name in inputs})
-
-
-@pytest.mark.parametrize(("implementation", "chunk_size"), IMPLEMENTATIONS)
 def test_official_scan_golden_with_groups_segments_and_states(implementation, chunk_size):
     data = golden("hnet_ssd_scan")
     segment_ids = jnp.asarray(data["seq_idx"] + 1)
@@ -127,7 +102,8 @@ def test_padding_is_silent_and_leaves_the_state_alone(implementation, chunk_size
 
 
 def test_backward_pass_keeps_one_state_per_chunk_not_per_token():
-    (*inputs, _), _ = _inputs(2048, "float32", hostile=False)
+    draw = Draw(0)
+    inputs = draw(1, 1024, 2, 32), -jnp.abs(draw(1, 1024, 2)), draw(1, 1024, 1, 32), draw(1, 1024, 1, 32)
 
     def temporary_bytes(implementation):
         def loss(*inputs):
@@ -136,10 +112,10 @@ def test_backward_pass_keeps_one_state_per_chunk_not_per_token():
         gradient = jax.jit(jax.grad(loss, argnums=range(4)))
         return gradient.lower(*inputs).compile().memory_analysis().temp_size_in_bytes
 
-    assert temporary_bytes("chunkwise") < temporary_bytes("reference") / 3
+    assert temporary_bytes("chunkwise") < temporary_bytes("reference") / 4
 
 
 def test_refuses_heads_that_cannot_share_groups():
     (x, log_decay, b, c, _), _ = _inputs(8, "float32", hostile=False)
-    with pytest.raises(ValueError, match="3 heads cannot share 2 groups"):
+    with pytest.raises(ValueError, match="2 heads, which must divide the 3 of v"):
         ssd_scan(x[:, :, :3], log_decay[:, :, :3], b, c)

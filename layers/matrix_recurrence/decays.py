@@ -1,0 +1,103 @@
+"""What is left within a chunk, at a token that reads, of what a token before it wrote.
+
+That is exp of the sum of the log decays between the two. Two things must not happen. A difference of running sums
+loses small decays behind a large one; so every sum here adds up just its own tokens. And exp(-sum), by which the
+sum between two tokens is often split in two, overflows; so it is split at a token between them, where both parts
+are <= 0. For two neighbouring blocks of s tokens, the first of which writes and the second reads, that token is at
+their border; and among the blocks of 1, 2, 4, ... tokens, every two tokens are in two neighbours once:
+
+  s = 1      s = 2      s = 4           a row reads, a column writes
+  . . . .    . . . .    . . . . . .
+  x . . .    . . . .    . . . . . .
+  . . . .    x x . .    . . . . . .
+  . . x .    x x . .    . . . . . .
+                        x x x x . .
+                        x x x x . .
+"""
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+NOTHING_LEFT = -1e30  # log of a decay to 0, whose sums stay finite
+exact_matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
+class Decays(NamedTuple):
+    """Of a chunk of c tokens, for blocks of 1, 2, 4, ... tokens: s of them. The last axis is 1 (heads) or k."""
+
+    from_start: jax.Array  # [..., c, 1 or k]: at a token, of the state that entered the chunk
+    to_end: jax.Array      # [..., c, 1 or k]: at the end of the chunk, of what a token wrote
+    whole: jax.Array       # [..., 1, 1 or k]: over the chunk
+    parts: jax.Array       # [..., s, c, 1 or k]: from a writer to the border, or from the border to a reader
+
+    @classmethod
+    def of(cls, log_decay: jax.Array, *, before: bool = False) -> "Decays":
+        """From log decays [..., c, 1 or k] <= 0.
+
+        Args:
+          before: readers read before their own decay.
+        """
+        size, width = log_decay.shape[-2:]
+        exponents = exact_matmul(_blocks(size, before).sums, log_decay)
+        decays = jnp.exp(exponents.reshape(*log_decay.shape[:-2], -1, size, width))
+        whole = jnp.exp(jnp.sum(log_decay, axis=-2, keepdims=True))
+        return cls(decays[..., 0, :, :], decays[..., 1, :, :], whole, decays[..., 2:, :, :])
+
+    def pairs(self, reader: jax.Array, writer: jax.Array, *, own: bool = False) -> jax.Array:
+        """[..., i, j]: reader_i . writer_j [..., c, k], each product decayed from j to i; 0 unless j < i.
+
+        Args:
+          own: also j = i, undecayed.
+        """
+        size = reader.shape[-2]
+        itself, in_block = np.eye(size, dtype=np.float32) * own, _blocks(size).pairs
+        if self.to_end.shape[-1] == 1:
+            left = jnp.sum(jnp.where(in_block, self.parts * _transposed(self.parts), 0), axis=-3)
+            return exact_matmul(reader, _transposed(writer)) * (left + itself)
+        reader_parts, writer_parts = (self.parts * x[..., None, :, :] for x in (reader, writer))
+        blocks = exact_matmul(reader_parts, _transposed(writer_parts))
+        itself = itself * jnp.sum(reader * writer, axis=-1, keepdims=True)
+        return jnp.sum(jnp.where(in_block, blocks, 0), axis=-3) + itself
+
+    def read(self, reader: jax.Array, state: jax.Array) -> jax.Array:
+        """[..., i, v]: what readers [..., c, k] find of the state [..., k, v] that entered the chunk."""
+        if self.from_start.shape[-1] == 1:
+            return self.from_start * exact_matmul(reader, state)
+        return exact_matmul(self.from_start * reader, state)
+
+    def kept(self, state: jax.Array) -> jax.Array:
+        """[..., k, v]: what is left of the state after the chunk."""
+        return _transposed(self.whole) * state
+
+    def written(self, key: jax.Array, value: jax.Array) -> jax.Array:
+        """[..., k, v]: what is left after the chunk of its keys [..., c, k] and their values [..., c, v]."""
+        if self.to_end.shape[-1] == 1:
+            return exact_matmul(_transposed(key), self.to_end * value)
+        return exact_matmul(_transposed(self.to_end * key), value)
+
+
+class _Blocks(NamedTuple):
+    sums: np.ndarray   # [(2 + s) * c, c] of 0 and 1: which tokens' log decays each of `Decays` adds up
+    pairs: np.ndarray  # [s, c, c]: for each size, which readers and writers its blocks have
+
+
+@lru_cache
+def _blocks(size: int, before: bool = False) -> _Blocks:
+    token, other = np.ogrid[:size, :size]
+    to_reader = other < token if before else other <= token
+    sums, pairs = [to_reader, other > token], []
+    block = 1
+    while block < size:
+        border = token // (2 * block) * 2 * block + block
+        reads = token >= border
+        sums.append(np.where(reads, (other >= border) & to_reader, (other > token) & (other < border)))
+        pairs.append(reads & (other < border) & (other >= border - block))
+        block *= 2
+    return _Blocks(np.concatenate(sums).astype(np.float32), np.array(pairs, bool).reshape(-1, size, size))
+
+
+def _transposed(x: jax.Array) -> jax.Array:
+    return jnp.swapaxes(x, -1, -2)

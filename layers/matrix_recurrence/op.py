@@ -1,0 +1,135 @@
+"""The recurrence under all layers with a matrix state S [k, v]: what reads, decays and writes it.
+
+  S_t = D_t S_{t-1} + k_t v_t^T                               gated linear attention
+  S_t = D_t S_{t-1} + k_t (v_t - (D_t S_{t-1})^T a_t)^T       the gated delta rule: `a`
+  S_t = D_t S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T         diagonal plus low rank: `a` and `b`
+  o_t = S_t^T q_t
+
+D_t = diag(exp log_decay_t), log_decay <= 0, per head or per key channel. Public functions with the papers' names
+are in gated_linear_attention.py, gated_delta_rule.py and dplr_recurrence.py.
+
+A segment that begins within a row does so with a decay of zero: what a state was no longer counts. Padding is
+inert: it decays by nothing, writes nothing, and reads 0. What else segments mean: `segment_states.py`.
+"""
+import functools
+import logging
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from layers.matrix_recurrence.chunkwise import chunkwise
+from layers.matrix_recurrence.decays import NOTHING_LEFT
+from layers.matrix_recurrence.reference import sequential
+from layers.matrix_recurrence.tokens import Settings, Tokens
+from layers.segment_states import over_segments
+
+MatrixImplementation = Literal["auto", "reference", "chunkwise"]
+
+logger = logging.getLogger(__name__)
+
+
+def matrix_recurrence(
+    tokens: Tokens, initial_state: jax.Array | None, segment_ids: jax.Array | None,
+    implementation: MatrixImplementation, *, scale: float = 1.0, reverse: bool = False, reads_before: bool = False,
+    chunk_size: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Returns every scale * o_t [b, t, h, v], in v's dtype, and the last state.
+
+    The state is float32 and shaped as the initial one. Heads h are those of the groups of `tokens` in order.
+
+    Args:
+      initial_state: [b, h, k, v] enters the first token, and further segments begin with zeros; the last state is
+        that of the last segment. [b, n, h, k, v] holds one per segment, n at least the segments of any row, and so
+        does the last state; this costs n times the work.
+      segment_ids: [b, t]; None means one segment per row.
+      reverse: run from the last token to the first, where the initial state enters.
+      reads_before: o_t reads S_{t-1}, before it decays.
+      chunk_size: tokens per step of "chunkwise", which changes its speed; None means as many as a CPU likes.
+    """
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size {chunk_size} must be at least 1")
+    check_log_decay(tokens.log_decay)
+    batch, length, groups, in_group = tokens.v.shape[:4]
+    heads = groups * in_group
+    if initial_state is None:
+        initial_state = jnp.zeros((batch, heads, tokens.k.shape[-1], tokens.v.shape[-1]), jnp.float32)
+    run = functools.partial(_run, implementation, Settings(scale, reads_before, chunk_size))
+    grouped = initial_state.reshape(
+        *initial_state.shape[:-3], groups, in_group, *initial_state.shape[-2:]).astype(jnp.float32)
+    o, last = over_segments(
+        run, tokens, grouped, segment_ids, has_one_each=initial_state.ndim == 5, reverse=reverse)
+    return o.reshape(batch, length, heads, -1), last.reshape(initial_state.shape)
+
+
+def _run(
+    implementation: MatrixImplementation, settings: Settings, tokens: Tokens, state: jax.Array, is_real: jax.Array,
+    begins: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    def where(mask, x, otherwise):
+        return jnp.where(mask[..., None, None, None], x, jnp.asarray(otherwise, x.dtype))
+
+    inert = jax.tree.map(lambda x: where(is_real, x, 0), tokens)
+    if begins is not None:
+        inert = inert._replace(log_decay=where(~begins, inert.log_decay, NOTHING_LEFT))
+        # Nor may what reads the state before its decay see another segment's.
+        for name in ["a"] * (inert.b is not None) + ["q"] * settings.reads_before:
+            inert = inert._replace(**{name: where(~begins, getattr(inert, name), 0)})
+    if implementation == "auto" and tokens.v.shape[1] > 1:
+        _log_once("matrix recurrences run by chunks where they are differentiated, and else on a CPU by tokens")
+        return _auto(settings, inert, state)
+    return (chunkwise if implementation == "chunkwise" else sequential)(inert, state, settings)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _auto(settings: Settings, tokens: Tokens, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+    by_chunks, by_tokens = (functools.partial(form, settings=settings) for form in (chunkwise, sequential))
+    return jax.lax.platform_dependent(tokens, state, cpu=by_tokens, default=by_chunks)
+
+
+def _auto_fwd(settings, tokens, state):
+    return jax.vjp(functools.partial(chunkwise, settings=settings), tokens, state)
+
+
+def _auto_bwd(_, pull_back, cotangents):
+    return pull_back(cotangents)
+
+
+_auto.defvjp(_auto_fwd, _auto_bwd)
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logger.info(message)
+
+
+def check_log_decay(log_decay: jax.Array) -> None:
+    """Under `jax.debug_nans`, refuses decays that make a state grow: outputs overflow many tokens later."""
+    def check(largest):
+        if largest > 0:
+            raise ValueError(
+                f"log_decay is as large as {float(largest)}; it is the natural log of a decay, at most 0")
+
+    if jax.config.jax_debug_nans:
+        jax.debug.callback(check, jnp.max(log_decay))
+
+
+def per_group(x: jax.Array, v: jax.Array, name: str) -> jax.Array:
+    """Heads of q or k [b, t, g, k], each for the value heads it serves: [b, t, g, 1, k]."""
+    if v.shape[2] % x.shape[2]:
+        raise ValueError(f"{name} has {x.shape[2]} heads, which must divide the {v.shape[2]} of v; arrays are "
+                         "time first, [b, t, heads, width]")
+    return x[:, :, :, None]
+
+
+def per_head(x: jax.Array, num_groups: int) -> jax.Array:
+    """[b, t, h, width] -> [b, t, g, h / g, width]."""
+    return x.reshape(*x.shape[:2], num_groups, -1, x.shape[-1])
+
+
+def decay_per_head(log_decay: jax.Array | None, v: jax.Array, num_groups: int) -> jax.Array:
+    """[b, t, h] or [b, t, h, k] -> [b, t, g, h / g, 1 or k] float32; zeros for None."""
+    if log_decay is None:
+        log_decay = jnp.zeros(v.shape[:3], jnp.float32)
+    log_decay = log_decay[..., None] if log_decay.ndim == 3 else log_decay
+    return per_head(log_decay.astype(jnp.float32), num_groups)

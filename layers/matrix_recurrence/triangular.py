@@ -1,0 +1,41 @@
+"""The inverse of a unit lower triangle, on which the delta rule and its kin rest inside a chunk."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from layers.matrix_recurrence.decays import exact_matmul
+
+
+@jax.custom_vjp
+def unit_lower_inverse(strictly_lower: jax.Array) -> jax.Array:
+    """(1 + A)^-1 of a strictly lower triangular A [..., i, i], by blocks of doubled size.
+
+    Products of the off-diagonal blocks alone, no powers of A: those of similar keys grow without bound.
+    """
+    length = strictly_lower.shape[-1]
+    i, j = np.ogrid[:length, :length]
+    inverse = np.eye(length, dtype=np.float32)
+    size = 1
+    while size < length:
+        # Within blocks of twice the size, the part below the two whose inverses are there.
+        below = (i // (2 * size) == j // (2 * size)) & (i // size > j // size)
+        off_diagonal = jnp.where(below, strictly_lower, 0)
+        if size > 1:
+            off_diagonal = exact_matmul(exact_matmul(inverse, off_diagonal), inverse)
+        inverse = inverse - off_diagonal
+        size *= 2
+    return jnp.broadcast_to(inverse, strictly_lower.shape)
+
+
+def _unit_lower_inverse_fwd(strictly_lower):
+    inverse = unit_lower_inverse(strictly_lower)
+    return inverse, inverse
+
+
+def _unit_lower_inverse_bwd(inverse, gradient):
+    # d (1 + A)^-1 = -(1 + A)^-1 dA (1 + A)^-1, of which A has the part below the diagonal.
+    transposed = jnp.swapaxes(inverse, -1, -2)
+    return (-jnp.tril(exact_matmul(exact_matmul(transposed, gradient), transposed), -1),)
+
+
+unit_lower_inverse.defvjp(_unit_lower_inverse_fwd, _unit_lower_inverse_bwd)
