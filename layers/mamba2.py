@@ -92,8 +92,8 @@ class Mamba2(nn.Module):
         bc = rearrange(jax.nn.silu(bc), "b t (two g k) -> two b t g k", two=2, g=self.num_groups)
 
         per_head = nn.with_logical_partitioning
-        dt_bias = self.param("dt_bias", per_head(_dt_bias_init, ("heads",)), (num_heads,))
-        a_log = self.param("a_log", per_head(_a_log_init, ("heads",)), (num_heads,))
+        dt_bias = self.param("dt_bias", per_head(dt_bias_init, ("heads",)), (num_heads,))
+        a_log = self.param("a_log", per_head(a_log_init, ("heads",)), (num_heads,))
         skip = self.param("skip", per_head(nn.initializers.ones, ("heads",)), (num_heads,))
         dt = jax.nn.softplus(project(num_heads, "dt_proj", "heads").astype(jnp.float32) + dt_bias)
         log_decay = -jnp.exp(a_log) * dt  # [b, t, h]
@@ -110,13 +110,13 @@ class Mamba2(nn.Module):
         return out, Mamba2State(conv_x_state, conv_bc_state, ssm_state)
 
 
-def _dt_bias_init(key, shape, dtype=jnp.float32):
+def dt_bias_init(key, shape, dtype=jnp.float32):
     """Inverse softplus of a time step drawn log-uniformly from [1e-3, 1e-1]."""
     low, high = jnp.log(1e-3), jnp.log(1e-1)
     dt = jnp.maximum(jnp.exp(jax.random.uniform(key, shape, dtype, low, high)), 1e-4)
     return dt + jnp.log(-jnp.expm1(-dt))
 
 
-def _a_log_init(key, shape, dtype=jnp.float32):
+def a_log_init(key, shape, dtype=jnp.float32):
     """Log of a decay rate drawn uniformly from [1, 16]."""
     return jnp.log(jax.random.uniform(key, shape, dtype, 1.0, 16.0))
