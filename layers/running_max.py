@@ -1,0 +1,57 @@
+"""A maximum that fades: m_t = max(m_{t-1} + f_t, x_t), by which exponential gates are kept in range."""
+import jax
+import jax.numpy as jnp
+
+from layers.array_types import Array, Float, Int, typed
+from layers.segment_states import over_segments
+
+NOTHING = -1e30  # of which a sum stays finite
+
+
+@typed
+def fading_max_before(
+    x: Float[Array, "b t h"],
+    f: Float[Array, "b t h"],
+    initial_max: Float[Array, "b h"] | Float[Array, "b n h"],
+    *,
+    segment_ids: Int[Array, "b t"] | None = None,
+) -> tuple[Float[Array, "b t h"], Float[Array, "b h"] | Float[Array, "b n h"]]:
+    """Returns every m_{t-1}, and the last m; float32.
+
+    Args:
+      f: <= 0, by how much the maximum falls.
+      initial_max: before the first token, or one for each of n segments; further segments of a row begin with 0.
+      segment_ids: 0 is padding, which leaves the maximum alone; see `over_segments`.
+    """
+    def run(tokens, initial, is_real, begins):
+        x, f = (jnp.where(is_real[..., None], z, inert) for z, inert in zip(tokens, (NOTHING, 0), strict=True))
+        if begins is not None:  # from 0: what was before falls without end
+            x = jnp.where(begins[..., None], jnp.maximum(x, f), x)
+            f = jnp.where(begins[..., None], NOTHING, f)
+        # A scan is fastest on a CPU and slowest elsewhere.
+        m = jax.lax.platform_dependent(x, f, initial, cpu=_sequential, default=_associative)
+        before = jnp.concatenate([initial[:, None], m[:, :-1]], axis=1)
+        before = before if begins is None else jnp.where(begins[..., None], 0, before)
+        return jnp.where(is_real[..., None], before, 0), m[:, -1]
+
+    tokens = (x.astype(jnp.float32), f.astype(jnp.float32))
+    return over_segments(run, tokens, initial_max.astype(jnp.float32), segment_ids,
+                         has_one_each=initial_max.ndim == 3, reverse=False)
+
+
+def _sequential(x: jax.Array, f: jax.Array, initial: jax.Array) -> jax.Array:
+    def step(m, token):
+        x_t, f_t = token
+        m = jnp.maximum(m + f_t, x_t)
+        return m, m
+
+    return jnp.swapaxes(jax.lax.scan(step, initial, (jnp.swapaxes(x, 0, 1), jnp.swapaxes(f, 0, 1)))[1], 0, 1)
+
+
+def _associative(x: jax.Array, f: jax.Array, initial: jax.Array) -> jax.Array:
+    def compose(earlier, later):
+        (x_1, f_1), (x_2, f_2) = earlier, later
+        return jnp.maximum(x_1 + f_2, x_2), f_1 + f_2
+
+    x = x.at[:, 0].max(initial + f[:, 0])
+    return jax.lax.associative_scan(compose, (x, f), axis=1)[0]
