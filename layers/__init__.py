@@ -31,14 +31,18 @@ from layers.feed_forward import SwiGLU
 from layers.gated_delta_rule import gated_delta_product, gated_delta_rule
 from layers.gated_linear_attention import gated_linear_attention, rwkv6_recurrence
 from layers.gated_slot_attention import SlotState, gated_slot_attention
+from layers.griffin import GriffinRecurrentBlock, GriffinState
+from layers.hgrn import hgrn
 from layers.linear_attention import LinearAttentionState, linear_attention
 from layers.mamba2 import Mamba2, Mamba2State
 from layers.mask_spec import MaskSpec, pack_row_select
+from layers.min_gru import MinGRU, MinGRUState, min_gru
 from layers.mlstm import MLSTMMemory, mlstm
 from layers.native_sparse_attention import NativeSparseAttention, native_sparse_attention
 from layers.norms import RMSNorm, rms_norm
 from layers.ratio_loss import ratio_loss
 from layers.retention import retention, retention_log_decay
+from layers.rg_lru import RGLRUState, rg_lru
 from layers.rotary import rotary
 from layers.routers import (
     CosineRouter,
@@ -65,17 +69,18 @@ from layers.sparse_attention import (
 from layers.ssd import ssd_scan
 
 __all__ = [
-    "Attention", "BlockLists", "CausalDepthwiseConv", "ChunkPlan", "CosineRouter", "GivenRouter", "KVCache",
-    "KVUpdate", "LinearAttentionState", "MLSTMMemory", "Mamba2", "Mamba2State", "MaskSpec",
-    "NativeSparseAttention", "PoolState", "RMSNorm", "RouterHints", "RouterState", "SlotState", "SpaceRouter",
-    "SparseAttention", "StrideRouter", "SwiGLU", "assign_chunks", "big_bird_attention",
-    "block_sparse_attention", "boundary_probability", "cached_attention", "causal_depthwise_conv", "chunk",
-    "chunk_pooled", "dechunk", "diagonal_recurrence", "dilated_attention", "document_attention",
-    "dot_product_attention", "dplr_recurrence", "gated_delta_product", "gated_delta_rule",
-    "gated_linear_attention", "gated_slot_attention", "is_spacelike", "last_real", "linear_attention",
-    "masked_attention", "merge_by_lse", "mlstm", "moba_attention", "native_sparse_attention",
-    "pack_row_select", "pack_rows", "pack_segments", "paged_attention", "ratio_loss", "retention",
-    "retention_log_decay", "rms_norm", "rotary", "rwkv6_recurrence", "segment_ordinals", "segment_positions",
+    "Attention", "BlockLists", "CausalDepthwiseConv", "ChunkPlan", "CosineRouter", "GivenRouter",
+    "GriffinRecurrentBlock", "GriffinState", "KVCache", "KVUpdate", "LinearAttentionState", "MLSTMMemory",
+    "Mamba2", "Mamba2State", "MaskSpec", "MinGRU", "MinGRUState", "NativeSparseAttention", "PoolState",
+    "RGLRUState", "RMSNorm", "RouterHints", "RouterState", "SlotState", "SpaceRouter", "SparseAttention",
+    "StrideRouter", "SwiGLU", "assign_chunks", "big_bird_attention", "block_sparse_attention",
+    "boundary_probability", "cached_attention", "causal_depthwise_conv", "chunk", "chunk_pooled", "dechunk",
+    "diagonal_recurrence", "dilated_attention", "document_attention", "dot_product_attention",
+    "dplr_recurrence", "gated_delta_product", "gated_delta_rule", "gated_linear_attention",
+    "gated_slot_attention", "hgrn", "is_spacelike", "last_real", "linear_attention", "masked_attention",
+    "merge_by_lse", "min_gru", "mlstm", "moba_attention", "native_sparse_attention", "pack_row_select",
+    "pack_rows", "pack_segments", "paged_attention", "ratio_loss", "retention", "retention_log_decay",
+    "rg_lru", "rms_norm", "rotary", "rwkv6_recurrence", "segment_ordinals", "segment_positions",
     "segment_starts", "selected_blocks_attention", "sharded_block_sparse_attention",
     "sliding_window_attention", "smooth", "ssd_scan", "straight_through",
 ]

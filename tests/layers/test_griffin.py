@@ -1,0 +1,105 @@
+"""RG-LRU and Griffin's recurrent block against the official vectors, packed, continued and decoded."""
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from layers import GriffinRecurrentBlock, GriffinState, RGLRUState, rg_lru
+from layers.rg_lru import sqrt_of_bounded_slope
+from tests.carried_state import HALF, assert_state_is_carried
+from tests.golden_cases import assert_golden_case, golden_case
+from tests.inputs import Draw
+
+PARAMS = "p__a_gate__b p__a_gate__w p__a_param p__a_imag_param p__input_gate__b p__input_gate__w"
+
+
+def _segments(data):
+    return jnp.cumsum(jnp.asarray(data["segment_pos"]) == 0, axis=1) if (data["segment_pos"] == 0).any() else None
+
+
+@pytest.mark.parametrize("case", ["c1", "c2", "c3", "c4"])
+def test_rg_lru_is_that_of_the_official_vectors(case):
+    data = golden_case("rec_rglru", case)
+
+    def gate(x, name):
+        kernel, blocks = x[f"p__{name}__w"], x["x"].reshape(*x["x"].shape[:2], 4, 4)
+        y = jnp.einsum("bthi,hij->bthj", blocks, kernel, precision="highest") + x[f"p__{name}__b"]
+        return y.reshape(*x["x"].shape[:2], -1)
+
+    def run(x):
+        state = RGLRUState(x["h0"], jnp.ones(x["h0"].shape[0], bool)) if "h0" in x else None
+        y, state = rg_lru(
+            x["x"], gate(x, "input_gate"), gate(x, "a_gate"), x["p__a_param"],
+            a_imag_param=x.get("p__a_imag_param"), initial_state=state, segment_ids=_segments(data))
+        return y, state.h
+
+    assert_golden_case(run, data, f"x h0 {PARAMS}", "o ht")
+
+
+BLOCK = GriffinRecurrentBlock(inner_width=16, num_heads=4)
+
+
+def _block_params(x):
+    official = {key.removeprefix("p__"): z for key, z in x.items()}
+    gates = {ours: {"kernel": official[f"rg_lru__{theirs}__w"], "bias": official[f"rg_lru__{theirs}__b"]}
+             for ours, theirs in {"input_gate": "input_gate", "recurrence_gate": "a_gate"}.items()}
+    return gates | {
+        "gate_proj": {"kernel": official["linear_y__kernel"]}, "gate_proj_bias": official["linear_y__bias"],
+        "x_proj": {"kernel": official["linear_x__kernel"]}, "x_proj_bias": official["linear_x__bias"],
+        "out": {"kernel": official["linear_out__kernel"]}, "out_bias": official["linear_out__bias"],
+        "conv": {"kernel": official["conv_1d__w"], "bias": official["conv_1d__b"]},
+        "a_param": official["rg_lru__a_param"],
+    }
+
+
+@pytest.mark.parametrize("case", ["c0", "c1"])
+def test_the_block_is_that_of_the_official_vectors(case):
+    data = golden_case("rec_griffin_block", case)
+
+    def run(x):
+        state = None
+        if "h0" in x:
+            state = GriffinState(x["conv0"], RGLRUState(x["h0"], jnp.ones(x["h0"].shape[0], bool)))
+        y, state = BLOCK.apply({"params": _block_params(x)}, x["x"], _segments(data), state)
+        return y, state.rg_lru.h, state.conv
+
+    names = " ".join(key for key in data if key.startswith("p__"))
+    assert_golden_case(run, data, f"x h0 conv0 {names}", "o ht convt")
+
+
+def test_the_state_of_a_block_is_carried_and_segments_and_padding_keep_apart():
+    x = {key: jnp.asarray(z) for key, z in golden_case("rec_griffin_block", "c0").items() if key.startswith("p__")}
+    params = _block_params(x)
+
+    def run(x, segment_ids, state):
+        return BLOCK.apply({"params": params}, x, segment_ids, state)
+
+    assert_state_is_carried(run, Draw(0)(2, 2 * HALF, 12), BLOCK.empty_state(2, 12))
+
+
+def test_a_complex_state_is_carried_and_segments_and_padding_keep_apart():
+    draw = Draw(1)
+    a_param, a_imag_param = draw(3) - 2, draw(3)
+
+    def run(x, segment_ids, state):
+        return rg_lru(*x, a_param, a_imag_param=a_imag_param, initial_state=state, segment_ids=segment_ids)
+
+    x = (draw(2, 2 * HALF, 6), draw(2, 2 * HALF, 3), draw(2, 2 * HALF, 3))
+    assert_state_is_carried(run, x, RGLRUState.empty(2, 6))
+
+
+def test_a_channel_that_keeps_all_has_a_finite_gradient():
+    assert float(jax.grad(sqrt_of_bounded_slope)(0.0)) == pytest.approx(1000)
+    loss = lambda a: jnp.sum(rg_lru(*jnp.ones((3, 1, 4, 1)), a)[0])  # noqa: E731
+    gradient = jax.jit(jax.grad(loss))(jnp.full(1, -200.0))
+    assert np.isfinite(gradient).all()
+
+
+def test_the_block_starts_with_long_memories_and_refuses_heads_that_do_not_divide():
+    params = jax.jit(GriffinRecurrentBlock(num_heads=2).init)(jax.random.key(0), jnp.zeros((1, 1, 64)))["params"]
+    radius = jnp.exp(-jax.nn.softplus(params["a_param"].value))
+    assert 0.9 <= radius.min() < 0.92 and 0.98 < radius.max() <= 0.999
+    with pytest.raises(ValueError, match="inner_width 16 is not a multiple of num_heads 3"):
+        GriffinRecurrentBlock(num_heads=3).init(jax.random.key(0), jnp.zeros((1, 1, 16)))
+    with pytest.raises(ValueError, match=r"x has width 6, which must be 1 x 3.* needs a_imag_param"):
+        rg_lru(jnp.zeros((1, 2, 6)), jnp.zeros((1, 2, 3)), jnp.zeros((1, 2, 3)), jnp.zeros(3))
