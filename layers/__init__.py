@@ -54,6 +54,8 @@ from layers.routers import (
     boundary_probability,
     is_spacelike,
 )
+from layers.s4d import s4d, s4d_kernel
+from layers.s5 import S5, S5State, s5
 from layers.segments import last_real, segment_ordinals, segment_positions, segment_starts
 from layers.smoothing import smooth
 from layers.sparse_attention import (
@@ -67,20 +69,22 @@ from layers.sparse_attention import (
     sliding_window_attention,
 )
 from layers.ssd import ssd_scan
+from layers.state_space import discretize, hippo_legs
 
 __all__ = [
-    "Attention", "BlockLists", "CausalDepthwiseConv", "ChunkPlan", "CosineRouter", "GivenRouter",
+    "S5", "Attention", "BlockLists", "CausalDepthwiseConv", "ChunkPlan", "CosineRouter", "GivenRouter",
     "GriffinRecurrentBlock", "GriffinState", "KVCache", "KVUpdate", "LinearAttentionState", "MLSTMMemory",
     "Mamba2", "Mamba2State", "MaskSpec", "MinGRU", "MinGRUState", "NativeSparseAttention", "PoolState",
-    "RGLRUState", "RMSNorm", "RouterHints", "RouterState", "SlotState", "SpaceRouter", "SparseAttention",
-    "StrideRouter", "SwiGLU", "assign_chunks", "big_bird_attention", "block_sparse_attention",
-    "boundary_probability", "cached_attention", "causal_depthwise_conv", "chunk", "chunk_pooled", "dechunk",
-    "diagonal_recurrence", "dilated_attention", "document_attention", "dot_product_attention",
-    "dplr_recurrence", "gated_delta_product", "gated_delta_rule", "gated_linear_attention",
-    "gated_slot_attention", "hgrn", "is_spacelike", "last_real", "linear_attention", "masked_attention",
-    "merge_by_lse", "min_gru", "mlstm", "moba_attention", "native_sparse_attention", "pack_row_select",
-    "pack_rows", "pack_segments", "paged_attention", "ratio_loss", "retention", "retention_log_decay",
-    "rg_lru", "rms_norm", "rotary", "rwkv6_recurrence", "segment_ordinals", "segment_positions",
-    "segment_starts", "selected_blocks_attention", "sharded_block_sparse_attention",
-    "sliding_window_attention", "smooth", "ssd_scan", "straight_through",
+    "RGLRUState", "RMSNorm", "RouterHints", "RouterState", "S5State", "SlotState", "SpaceRouter",
+    "SparseAttention", "StrideRouter", "SwiGLU", "assign_chunks", "big_bird_attention",
+    "block_sparse_attention", "boundary_probability", "cached_attention", "causal_depthwise_conv", "chunk",
+    "chunk_pooled", "dechunk", "diagonal_recurrence", "dilated_attention", "discretize", "document_attention",
+    "dot_product_attention", "dplr_recurrence", "gated_delta_product", "gated_delta_rule",
+    "gated_linear_attention", "gated_slot_attention", "hgrn", "hippo_legs", "is_spacelike", "last_real",
+    "linear_attention", "masked_attention", "merge_by_lse", "min_gru", "mlstm", "moba_attention",
+    "native_sparse_attention", "pack_row_select", "pack_rows", "pack_segments", "paged_attention",
+    "ratio_loss", "retention", "retention_log_decay", "rg_lru", "rms_norm", "rotary", "rwkv6_recurrence",
+    "s4d", "s4d_kernel", "s5", "segment_ordinals", "segment_positions", "segment_starts",
+    "selected_blocks_attention", "sharded_block_sparse_attention", "sliding_window_attention", "smooth",
+    "ssd_scan", "straight_through",
 ]

@@ -57,9 +57,15 @@ def assert_golden(actual, expected, *, limit: float = GOLDEN_LIMIT, floor: float
 def _each_leaf(check, actual, expected) -> None:
     def compare(path, got, want):
         name = jax.tree_util.keystr(path) or "output"
-        got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+        got, want = _parts(got), _parts(want)
         assert got.shape == want.shape, f"{name}: shape {got.shape}, expected {want.shape}"
         if want.size:
             check(name, got, want)
 
     jax.tree_util.tree_map_with_path(compare, actual, expected)
+
+
+def _parts(x) -> np.ndarray:
+    """x in float64; of a complex x real parts, then imaginary ones."""
+    x = np.asarray(x)
+    return np.stack([x.real, x.imag]).astype(np.float64) if np.iscomplexobj(x) else x.astype(np.float64)
