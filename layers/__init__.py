@@ -34,6 +34,7 @@ from layers.gated_slot_attention import SlotState, gated_slot_attention
 from layers.griffin import GriffinRecurrentBlock, GriffinState
 from layers.hgrn import hgrn
 from layers.linear_attention import LinearAttentionState, linear_attention
+from layers.log_linear_attention import log_linear_attention
 from layers.mamba2 import Mamba2, Mamba2State
 from layers.mask_spec import MaskSpec, pack_row_select
 from layers.min_gru import MinGRU, MinGRUState, min_gru
@@ -81,10 +82,10 @@ __all__ = [
     "chunk_pooled", "dechunk", "diagonal_recurrence", "dilated_attention", "discretize", "document_attention",
     "dot_product_attention", "dplr_recurrence", "gated_delta_product", "gated_delta_rule",
     "gated_linear_attention", "gated_slot_attention", "hgrn", "hippo_legs", "is_spacelike", "last_real",
-    "linear_attention", "masked_attention", "merge_by_lse", "min_gru", "mlstm", "moba_attention",
-    "native_sparse_attention", "pack_row_select", "pack_rows", "pack_segments", "paged_attention",
-    "ratio_loss", "retention", "retention_log_decay", "rg_lru", "rms_norm", "rotary", "rwkv6_recurrence",
-    "s4d", "s4d_kernel", "s5", "segment_ordinals", "segment_positions", "segment_starts",
+    "linear_attention", "log_linear_attention", "masked_attention", "merge_by_lse", "min_gru", "mlstm",
+    "moba_attention", "native_sparse_attention", "pack_row_select", "pack_rows", "pack_segments",
+    "paged_attention", "ratio_loss", "retention", "retention_log_decay", "rg_lru", "rms_norm", "rotary",
+    "rwkv6_recurrence", "s4d", "s4d_kernel", "s5", "segment_ordinals", "segment_positions", "segment_starts",
     "selected_blocks_attention", "sharded_block_sparse_attention", "sliding_window_attention", "smooth",
     "ssd_scan", "straight_through",
 ]

@@ -1,0 +1,73 @@
+"""Log-linear attention: both forms against the official vectors and each other, at any length, by segments."""
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from layers import log_linear_attention
+from layers.log_linear_attention import num_levels_of
+from tests.assertions import assert_matches
+from tests.golden_cases import assert_golden_case, golden_case
+from tests.inputs import Draw
+
+NAMES = "q k v g level_scales"
+
+
+@pytest.mark.parametrize("implementation", ["reference", "ladder"])
+def test_outputs_and_gradients_are_those_of_the_official_vectors(implementation):
+    def run(x):
+        return (log_linear_attention(*(x[name] for name in NAMES.split()), implementation=implementation),)
+
+    assert_golden_case(run, golden_case("rec_log_linear_attn", "c0"), NAMES)
+
+
+@partial(jax.jit, static_argnames="implementation")
+def _values_and_gradients(x, implementation, segment_ids=None):
+    o, pull_back = jax.vjp(
+        partial(log_linear_attention, segment_ids=segment_ids, implementation=implementation), *x)
+    return o, pull_back(jnp.cos(o))
+
+
+def _inputs(length):
+    draw = Draw(length)
+    log_decay = -jnp.where(draw.uniform(1, length, 2) < 0.1, 300 * draw.uniform(1, length, 2), 0.1)
+    x = (draw(1, length, 1, 4), draw(1, length, 1, 4), draw(1, length, 2, 5), log_decay,
+         draw(1, length, 2, num_levels_of(length)))
+    return tuple(map(np.asarray, x))
+
+
+def test_the_ladder_climbs_as_high_as_the_length_for_hostile_decays():
+    x = _inputs(140)
+    expected = _values_and_gradients(x, "reference")
+    assert_matches(_values_and_gradients(x, "ladder"), expected, dtype="float32", scale=4)
+
+
+SEGMENTS = {  # (id, length)
+    "short": [(3, 3), (1, 2)],
+    "long": [(0, 2), (7, 3), (2, 41), (0, 1), (3, 1), (4, 16), (9, 25), (0, 4)],
+}
+
+
+@pytest.mark.parametrize("segments", SEGMENTS)
+def test_segments_of_any_length_equal_those_alone_and_padding_reads_nothing(segments):
+    numbers, lengths = zip(*SEGMENTS[segments], strict=True)
+    ids = np.repeat(np.asarray(numbers, np.int32), lengths)[None]
+    x = _inputs(ids.shape[1])
+    expected = _values_and_gradients(x, "reference", ids)
+    o, gradients = _values_and_gradients(x, "ladder", ids)
+    assert_matches((o, gradients), expected, dtype="float32", scale=4)
+    assert not np.any(o[ids == 0]) and not any(np.any(z[ids == 0]) for z in gradients)
+    if segments == "long":
+        alone = log_linear_attention(*(z[:, 5:46] for z in x), implementation="reference")
+        assert_matches(o[:, 5:46], alone, dtype="float32", scale=4)
+
+
+def test_what_does_not_fit_is_refused():
+    q, k, v, log_decay, scales = _inputs(9)
+    with pytest.raises(ValueError, match="level_scales has 4 levels, but 9 tokens have 5"):
+        log_linear_attention(q, k, v, log_decay, scales[..., :4])
+    with pytest.raises(ValueError, match="q and k have 2 heads, which must divide the 3 of v"):
+        log_linear_attention(q.repeat(2, 2), k.repeat(2, 2), v[:, :, [0, 0, 0]], log_decay[:, :, [0] * 3],
+                             scales[:, :, [0] * 3])
