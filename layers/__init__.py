@@ -38,7 +38,7 @@ from layers.log_linear_attention import log_linear_attention
 from layers.mamba2 import Mamba2, Mamba2State
 from layers.mask_spec import MaskSpec, pack_row_select
 from layers.min_gru import MinGRU, MinGRUState, min_gru
-from layers.mlstm import MLSTMMemory, mlstm
+from layers.mlstm import MLSTM, MLSTMMemory, mlstm
 from layers.native_sparse_attention import NativeSparseAttention, native_sparse_attention
 from layers.norms import RMSNorm, rms_norm
 from layers.ratio_loss import ratio_loss
@@ -71,13 +71,14 @@ from layers.sparse_attention import (
 )
 from layers.ssd import ssd_scan
 from layers.state_space import discretize, hippo_legs
+from layers.ttt_linear import TTTState, ttt_linear
 
 __all__ = [
-    "S5", "Attention", "BlockLists", "CausalDepthwiseConv", "ChunkPlan", "CosineRouter", "GivenRouter",
-    "GriffinRecurrentBlock", "GriffinState", "KVCache", "KVUpdate", "LinearAttentionState", "MLSTMMemory",
-    "Mamba2", "Mamba2State", "MaskSpec", "MinGRU", "MinGRUState", "NativeSparseAttention", "PoolState",
-    "RGLRUState", "RMSNorm", "RouterHints", "RouterState", "S5State", "SlotState", "SpaceRouter",
-    "SparseAttention", "StrideRouter", "SwiGLU", "assign_chunks", "big_bird_attention",
+    "MLSTM", "S5", "Attention", "BlockLists", "CausalDepthwiseConv", "ChunkPlan", "CosineRouter",
+    "GivenRouter", "GriffinRecurrentBlock", "GriffinState", "KVCache", "KVUpdate", "LinearAttentionState",
+    "MLSTMMemory", "Mamba2", "Mamba2State", "MaskSpec", "MinGRU", "MinGRUState", "NativeSparseAttention",
+    "PoolState", "RGLRUState", "RMSNorm", "RouterHints", "RouterState", "S5State", "SlotState", "SpaceRouter",
+    "SparseAttention", "StrideRouter", "SwiGLU", "TTTState", "assign_chunks", "big_bird_attention",
     "block_sparse_attention", "boundary_probability", "cached_attention", "causal_depthwise_conv", "chunk",
     "chunk_pooled", "dechunk", "diagonal_recurrence", "dilated_attention", "discretize", "document_attention",
     "dot_product_attention", "dplr_recurrence", "gated_delta_product", "gated_delta_rule",
@@ -87,5 +88,5 @@ __all__ = [
     "paged_attention", "ratio_loss", "retention", "retention_log_decay", "rg_lru", "rms_norm", "rotary",
     "rwkv6_recurrence", "s4d", "s4d_kernel", "s5", "segment_ordinals", "segment_positions", "segment_starts",
     "selected_blocks_attention", "sharded_block_sparse_attention", "sliding_window_attention", "smooth",
-    "ssd_scan", "straight_through",
+    "ssd_scan", "straight_through", "ttt_linear",
 ]

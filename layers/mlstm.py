@@ -11,13 +11,16 @@ positive, the value by what is negative, so that neither grows, however m is rou
 from functools import partial
 from typing import Literal, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Float, Int, typed
 from layers.gated_linear_attention import gated_linear_attention
+from layers.linear import Linear
 from layers.linear_attention import join_state, split_state, with_ones
 from layers.matrix_recurrence import MatrixImplementation
+from layers.norms import rms_norm
 from layers.running_max import fading_max_before
 
 InputActivation = Literal["exp", "sigmoid"]
@@ -94,3 +97,75 @@ def _normalize(numerator: jax.Array, weight: jax.Array, m: jax.Array) -> jax.Arr
     unit = jnp.exp(shift)
     denominator = jnp.maximum(jnp.abs(weight) * unit, jnp.exp(shift - m)) + EPSILON * unit
     return numerator * (unit / denominator)[..., None]
+
+
+class MLSTM(nn.Module):
+    """`mlstm` between projections, with a norm per head and an output gate, as in xLSTM 7B (arXiv 2503.13427).
+
+    Attributes:
+      state_size: k, the key dimension of the memory.
+      expand: inner width over model width.
+      head_width: v; inner width / head_width heads.
+      gate_cap: input and forget gate are kept between -gate_cap and gate_cap, before their activations.
+      init_std, out_init_std: standard deviations of the input and output projections at the start.
+    """
+
+    state_size: int = 64
+    expand: int = 1
+    head_width: int = 64
+    gate_cap: float = 15.0
+    input_activation: InputActivation = "exp"
+    init_std: float = 0.02
+    out_init_std: float = 0.02
+    implementation: MatrixImplementation = "auto"
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    @typed
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        segment_ids: Int[Array, "b t"] | None = None,
+        initial_state: MLSTMMemory | None = None,
+    ) -> tuple[Float[Array, "b t d"], MLSTMMemory]:
+        """Returns the layer's output, 0 at padding, and the memory after the last real token of each row.
+
+        Raises:
+          ValueError: expand * d is not a multiple of head_width.
+        """
+        width, num_heads = x.shape[-1], self._num_heads(x.shape[-1])
+
+        def project(features, name, *axes):
+            return Linear(features, ("embed", *axes), init_std=self.init_std, dtype=self.dtype, name=name)(x)
+
+        def gate(name, bias_init):
+            bias = self.param(f"{name}_bias", nn.with_logical_partitioning(bias_init, ("heads",)), (num_heads,))
+            raw = project((num_heads,), name, "heads").astype(jnp.float32) + bias
+            return self.gate_cap * jnp.tanh(raw / self.gate_cap)
+
+        per_head = (num_heads, self.head_width)
+        q = project((num_heads, self.state_size), "q_proj", "heads", None)
+        k = project((num_heads, self.state_size), "k_proj", "heads", None)
+        v = project(per_head, "v_proj", "heads", None)
+        # At the start a memory fills slowly, and keeps for times that differ from head to head.
+        input_gate = gate("input_gate", nn.initializers.constant(-10.0))
+        forget_gate = gate("forget_gate", lambda *_: jnp.linspace(3.0, 6.0, num_heads))
+        h, memory = mlstm(
+            q, k, v, input_gate, forget_gate, input_activation=self.input_activation, initial_state=initial_state,
+            segment_ids=segment_ids, implementation=self.implementation)
+        scale = self.param(
+            "norm_scale", nn.with_logical_partitioning(nn.initializers.ones, ("heads", None)), per_head)
+        h = rms_norm(h, jnp.ones(self.head_width), epsilon=1e-6) * scale.astype(self.dtype)
+        h = h * jax.nn.sigmoid(project(per_head, "output_gate", "heads", None))
+        y = Linear((width,), ("heads", None, "embed"), init_std=self.out_init_std, dtype=self.dtype, name="out")(h)
+        return y, memory
+
+    def empty_state(self, batch: int, width: int) -> MLSTMMemory:
+        """The memory before the first token, at this model width."""
+        return empty_memory(batch, self._num_heads(width), self.state_size, self.head_width)
+
+    def _num_heads(self, width: int) -> int:
+        if self.expand * width % self.head_width:
+            raise ValueError(
+                f"expand * width = {self.expand * width} is not a multiple of head_width {self.head_width}")
+        return self.expand * width // self.head_width

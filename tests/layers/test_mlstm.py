@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layers import MLSTMMemory, mlstm
+from layers import MLSTM, MLSTMMemory, mlstm
 from layers.mlstm import empty_memory
 from layers.running_max import NOTHING, _associative, _sequential
 from tests.assertions import assert_matches
@@ -76,3 +76,15 @@ def test_gates_beyond_the_range_of_an_exponential_leave_outputs_and_gradients_fi
         h, gradients = values_and_gradients(x)
         assert all(np.isfinite(z).all() for z in jax.tree.leaves((h, gradients)))
         assert h.any() == (gate > 0)  # with both gates shut nothing is written
+
+
+def test_the_layer_carries_its_memory_and_segments_and_padding_keep_apart():
+    layer, x = MLSTM(state_size=3, expand=2, head_width=5, init_std=0.5, out_init_std=0.5), Draw(0)(2, 2 * HALF, 5)
+    params = jax.jit(layer.init)(jax.random.key(0), x)
+
+    def run(x, segment_ids, memory):
+        return layer.apply(params, x, segment_ids, memory)
+
+    assert_state_is_carried(run, x, layer.empty_state(2, 5), scale=16)
+    with pytest.raises(ValueError, match="expand \\* width = 10 is not a multiple of head_width 4"):
+        MLSTM(expand=2, head_width=4).empty_state(1, 5)
