@@ -8,7 +8,22 @@ from typing import Any
 
 import jax.numpy as jnp
 
-LAYOUT_ITEM = re.compile(r"([mMtT])([1-9][0-9]*)")
+MIXERS = {
+    "m": "Mamba-2",
+    "t": "attention",
+    "gdn": "Gated DeltaNet",
+    "gla": "gated linear attention",
+    "griffin": "Griffin's recurrent block",
+    "gru": "minGRU",
+    "hgrn": "HGRN2",
+    "kda": "Kimi Delta Attention",
+    "mlstm": "the matrix memory of xLSTM",
+    "rwkv": "RWKV-7's time mix",
+    "ssm": "S5",
+}
+HAS_HEADS_OF_STATE = frozenset({"m", "gdn", "gla", "griffin", "hgrn", "kda", "mlstm", "rwkv"})
+_NAMES = sorted([name for mixer in MIXERS for name in (mixer, mixer.capitalize())], key=len, reverse=True)
+LAYOUT_ITEM = re.compile(f"({'|'.join(_NAMES)})([1-9][0-9]*)")
 ROUTERS = {
     "learned": "cosine distance of neighbouring tokens, after learned projections",
     "stride": "every router_stride-th token",
@@ -35,7 +50,7 @@ class StageConfig:
     """One level of the hierarchy. Stage 0 is outermost and sees bytes."""
 
     width: int                  # model width
-    encoder: str = "m4"         # m/M = Mamba-2, t/T = attention; capitals carry a feed-forward; a count follows
+    encoder: str = "m4"         # names in MIXERS, each with a count; a capital adds a feed-forward: "gla2T1"
     decoder: str = "m4"         # "" at the innermost stage, whose `encoder` is the main network
     router: str = "learned"     # where chunks begin: see ROUTERS
     router_stride: int = 4      # tokens per chunk of the router "stride"
@@ -50,20 +65,21 @@ class StageConfig:
     num_heads: int = 0          # attention heads; 0 only where no layer is t or T
     rotary_width: int = 0       # rotated features per attention head
     window: int = -1            # earlier tokens attention sees; -1 = all
-    feed_forward_width: int = 0 # features inside SwiGLU; 0 only where no layer is M or T
-    ssm_state_size: int = 128   # key dimension of Mamba-2's state
-    ssm_expand: int = 2         # Mamba-2's inner width over model width
-    ssm_head_width: int = 64
+    feed_forward_width: int = 0 # features inside SwiGLU; 0 only where no layer has a capital
+    ssm_state_size: int = 128   # key dimension of a recurrent layer's state; of S5 all of its state
+    ssm_expand: int = 2         # inner width of a recurrent layer over model width
+    ssm_head_width: int = 64    # value dimension of a head; inner width / this many heads, or blocks of gates
     ssm_conv_taps: int = 4
-    ssm_chunk_size: int = 64    # tokens per step of the chunkwise scan; changes speed, not results
+    ssm_chunk_size: int = 64    # tokens per step of Mamba-2's chunkwise scan; changes speed, not results
 
     def __post_init__(self):
         sizes = ("width", "ssm_state_size", "ssm_expand", "ssm_head_width", "ssm_conv_taps", "ssm_chunk_size")
         for field in sizes:
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} {getattr(self, field)} must be at least 1")
-        letters = "".join(letter for letter, _ in self.encoder_runs + self.decoder_runs)
-        if set(letters) & set("tT"):
+        names = {name for name, _ in self.encoder_runs + self.decoder_runs}
+        mixers = {mixer_of(name) for name in names}
+        if "t" in mixers:
             if self.num_heads < 1 or self.width % self.num_heads:
                 raise ValueError(
                     f"num_heads {self.num_heads} must divide width {self.width} in a stage with attention "
@@ -72,11 +88,14 @@ class StageConfig:
                 raise ValueError(
                     f"rotary_width {self.rotary_width} must be even and at most the head width "
                     f"{self.width // self.num_heads}; change rotary_width")
-        if set(letters) & set("MT") and self.feed_forward_width < 1:
+        if any(map(has_feed_forward, names)) and self.feed_forward_width < 1:
             raise ValueError(
-                f"layers M and T ({self.encoder!r}, {self.decoder!r}) carry a feed-forward network; "
+                f"layers with a capital ({self.encoder!r}, {self.decoder!r}) carry a feed-forward network; "
                 "set feed_forward_width")
-        if set(letters) & set("mM") and self.ssm_expand * self.width % self.ssm_head_width:
+        if "ssm" in mixers and self.ssm_state_size % 2:
+            raise ValueError(f"ssm_state_size {self.ssm_state_size} must be even in a stage with S5, whose states "
+                             "are in conjugate pairs")
+        if mixers & HAS_HEADS_OF_STATE and self.ssm_expand * self.width % self.ssm_head_width:
             raise ValueError(
                 f"ssm_expand * width = {self.ssm_expand * self.width} is not a multiple of ssm_head_width "
                 f"{self.ssm_head_width}; change ssm_head_width or width")
@@ -244,11 +263,23 @@ def parse_layout(layout: str) -> tuple[tuple[str, int], ...]:
     """Splits "T1m4" into (("T", 1), ("m", 4)).
 
     Raises:
-      ValueError: something other than letters m, M, t, T, each with a count.
+      ValueError: something other than names in MIXERS, as they are or with a capital, each with a count.
     """
     if LAYOUT_ITEM.sub("", layout):
-        raise ValueError(f"layout {layout!r} must be letters m, M, t or T, each followed by a count, as in 'T1m4'")
-    return tuple((letter, int(count)) for letter, count in LAYOUT_ITEM.findall(layout))
+        raise ValueError(
+            f"layout {layout!r} must be names of mixers, each followed by a count, as in 'T1m4' or 'gla2'; mixers "
+            f"are {', '.join(MIXERS)}, and with a capital they carry a feed-forward network")
+    return tuple((name, int(count)) for name, count in LAYOUT_ITEM.findall(layout))
+
+
+def mixer_of(name: str) -> str:
+    """The key in MIXERS of a name in a layout."""
+    return name.lower()
+
+
+def has_feed_forward(name: str) -> bool:
+    """Whether the blocks of that name in a layout have one."""
+    return name[0].isupper()
 
 
 def num_slots(capacity: float, length: int) -> int:

@@ -1,25 +1,28 @@
 """A stack of residual blocks at one width: what an encoder, a decoder or the main network is."""
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hnet.config import StageConfig
-from layers import Attention, KVCache, KVUpdate, Mamba2, Mamba2State, RMSNorm, SwiGLU
+from hnet.config import StageConfig, has_feed_forward, mixer_of
+from hnet.mixers import empty_mixer_state, make_mixer
+from layers import RMSNorm, SwiGLU
 from layers.array_types import Array, Float, Int, typed
 
-MixerState = KVCache | Mamba2State
-MixerUpdate = KVUpdate | Mamba2State  # what a mixer makes of its state; `hnet.decode_state.advance` applies it
+MixerState = Any   # a pytree: a cache of keys and values, or whatever a recurrence carries
+MixerUpdate = Any  # what a mixer makes of its state; `hnet.decode_state.advance` applies it
 
 
 class Block(nn.Module):
-    """norm, mixer, and for capital letters norm, feed-forward; sums are added by the next norm, in float32.
+    """norm, mixer, and for names with a capital norm, feed-forward; the next norm adds sums up, in float32.
 
     Attributes:
-      letter: m or M = Mamba-2, t or T = attention; capitals carry a feed-forward network.
+      layer: a name in a layout: one of `hnet.config.MIXERS`, with a capital for a feed-forward network.
       out_init_std: of the projections that write to the residual stream.
     """
 
-    letter: str
+    layer: str
     stage: StageConfig
     out_init_std: float
     dtype: jnp.dtype
@@ -34,8 +37,9 @@ class Block(nn.Module):
         """
         h, residual = carry
         residual = residual + h
-        h, after = self._mixer()(RMSNorm(name="mixer_norm")(residual).astype(self.dtype), segment_ids, state)
-        if self.letter in "MT":
+        mixer = make_mixer(mixer_of(self.layer), self.stage, self.out_init_std, self.dtype, name="mixer")
+        h, after = mixer(RMSNorm(name="mixer_norm")(residual).astype(self.dtype), segment_ids, state)
+        if has_feed_forward(self.layer):
             residual = residual + h
             feed_forward = SwiGLU(
                 self.stage.feed_forward_width, out_init_std=self.out_init_std, dtype=self.dtype,
@@ -43,23 +47,12 @@ class Block(nn.Module):
             h = feed_forward(RMSNorm(name="feed_forward_norm")(residual).astype(self.dtype))
         return (h.astype(residual.dtype), residual), None if state is None else after
 
-    def _mixer(self) -> nn.Module:
-        stage = self.stage
-        if self.letter in "tT":
-            return Attention(
-                num_heads=stage.num_heads, rotary_width=stage.rotary_width, window=stage.window,
-                out_init_std=self.out_init_std, dtype=self.dtype, name="mixer")
-        return Mamba2(
-            state_size=stage.ssm_state_size, expand=stage.ssm_expand, head_width=stage.ssm_head_width,
-            conv_taps=stage.ssm_conv_taps, chunk_size=stage.ssm_chunk_size,
-            out_init_std=self.out_init_std, dtype=self.dtype, name="mixer")
-
 
 class Isotropic(nn.Module):
     """Runs of equal blocks, then one norm. Each run is compiled once and scanned over its layers.
 
     Attributes:
-      runs: letter and count of each run, outermost layer first; parameters of run i are stacked in `run{i}`.
+      runs: name and count of each run, outermost layer first; parameters of run i are stacked in `run{i}`.
       out_init_std: see `Block`.
     """
 
@@ -84,11 +77,11 @@ class Isotropic(nn.Module):
         if self.stage.remat != "none":
             block = nn.remat(Block, prevent_cse=False, policy=_MAY_STORE[self.stage.remat])
         after = []
-        for index, (letter, count) in enumerate(self.runs):
+        for index, (layer, count) in enumerate(self.runs):
             layers = nn.scan(
                 block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(nn.broadcast, 0),
                 length=count, metadata_params={nn.PARTITION_NAME: "layers"})
-            carry, run_state = layers(letter, self.stage, self.out_init_std, self.dtype, name=f"run{index}")(
+            carry, run_state = layers(layer, self.stage, self.out_init_std, self.dtype, name=f"run{index}")(
                 carry, segment_ids, None if state is None else state[index])
             after.append(run_state)
         h, residual = carry
@@ -107,14 +100,8 @@ def empty_state(
     runs: tuple[tuple[str, int], ...], stage: StageConfig, batch: int, max_length: int, dtype: jnp.dtype
 ) -> tuple[MixerState, ...]:
     """The state of an `Isotropic` before the first token; attention holds up to `max_length` tokens a row."""
-    def of_layer(letter: str) -> MixerState:
-        if letter in "tT":
-            slots = max_length if stage.window < 0 else min(max_length, stage.window + 1)
-            return KVCache.empty(batch, slots, stage.num_heads, stage.width // stage.num_heads, dtype)
-        return Mamba2State.empty(
-            batch, stage.width, state_size=stage.ssm_state_size, expand=stage.ssm_expand,
-            head_width=stage.ssm_head_width, conv_taps=stage.ssm_conv_taps, dtype=dtype)
+    def of_run(layer: str, count: int) -> MixerState:
+        state = empty_mixer_state(mixer_of(layer), stage, batch, max_length, dtype)
+        return jax.tree.map(lambda leaf: jnp.repeat(leaf[None], count, axis=0), state)
 
-    return tuple(
-        jax.tree.map(lambda leaf, count=count: jnp.repeat(leaf[None], count, axis=0), of_layer(letter))
-        for letter, count in runs)
+    return tuple(of_run(*run) for run in runs)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from hnet.chunked import constrain, through_chunks
-from hnet.config import HNetConfig, StageConfig
+from hnet.config import HNetConfig, StageConfig, has_feed_forward
 from hnet.decode_state import BoundaryState, DecodeState, StageState, advance
 from hnet.isotropic import Isotropic
 from hnet.routers import entropy_boundaries, make_router
@@ -193,4 +193,4 @@ def residual_depth(config: HNetConfig, index: int) -> int:
     A block writes once, one with a feed-forward twice; a stage adds its encoder and decoder to those around it.
     """
     runs = [run for stage in config.stages[: index + 1] for run in stage.encoder_runs + stage.decoder_runs]
-    return sum(count * (2 if letter in "MT" else 1) for letter, count in runs)
+    return sum(count * (2 if has_feed_forward(name) else 1) for name, count in runs)

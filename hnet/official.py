@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from hnet.config import HNetConfig, StageConfig
+from hnet.config import HNetConfig, StageConfig, has_feed_forward, mixer_of
 from hnet.model import HNetLM
 
 WHOLE = (0, None)
@@ -180,14 +180,14 @@ def _stack(
     stage: StageConfig, runs: tuple[tuple[str, int], ...], official: str, path: tuple[str, ...]
 ) -> Iterator[Relabel]:
     layer = 0
-    for run, (letter, count) in enumerate(runs):
+    for run, (name, count) in enumerate(runs):
         for index in range(count):
             name, ours = f"{official}.layers.{layer}", (*path, f"run{run}")
             yield Relabel(f"{name}.norm1.weight", (*ours, "mixer_norm", "scale"), index)
-            mixer = _mamba2(stage) if letter in "mM" else _ATTENTION
+            mixer = _mamba2(stage) if mixer_of(name) == "m" else _ATTENTION
             for suffix, leaf, rows in mixer:
                 yield Relabel(f"{name}.mixer.{suffix}", (*ours, "mixer", *leaf), index, rows)
-            if letter in "MT":
+            if has_feed_forward(name):
                 yield Relabel(f"{name}.norm2.weight", (*ours, "feed_forward_norm", "scale"), index)
                 yield Relabel(f"{name}.mlp.fc1.weight", (*ours, "feed_forward", "value_gate", "kernel"), index)
                 yield Relabel(f"{name}.mlp.fc2.weight", (*ours, "feed_forward", "out", "kernel"), index)
@@ -240,14 +240,18 @@ def _to_theirs(ours: np.ndarray, entry: Relabel) -> np.ndarray:
 
 
 def _has_feed_forward(stage: StageConfig) -> bool:
-    return any(letter in "MT" for letter, _ in stage.encoder_runs + stage.decoder_runs)
+    return any(has_feed_forward(name) for name, _ in stage.encoder_runs + stage.decoder_runs)
 
 
 def _refuse_unofficial(config: HNetConfig) -> None:
     """Raises ValueError for the first thing in `config` that is not in the release."""
     for index, stage in enumerate(config.stages):
         fixed = {"router": "learned", "downsampler": "first", "upsampler": "smooth"} if stage.decoder else {}
-        if any(letter in "mM" for letter, _ in stage.encoder_runs + stage.decoder_runs):
+        mixers = {mixer_of(name) for name, _ in stage.encoder_runs + stage.decoder_runs}
+        if mixers - {"m", "t"}:
+            raise ValueError(f"the official format has no word for the mixer {min(mixers - {'m', 't'})!r} of "
+                             f"stage{index}: its layers are Mamba-2 (m) and attention (t)")
+        if "m" in mixers:
             fixed["ssm_head_width"] = 64
         for field, only in fixed.items():
             if getattr(stage, field) != only:

@@ -60,9 +60,9 @@ class GLA(nn.Module):
                           dtype=self.dtype, name=name)(x)
 
         per_key = (num_heads, self.state_size)
-        decay = LowRank(per_key, ("heads", "head_width"), self.decay_rank, self.init_std, self.dtype, name="decay")(x)
-        bias = self.param(
-            "decay_bias", nn.with_logical_partitioning(nn.initializers.zeros, ("heads", "head_width")), per_key)
+        axes = ("heads", "head_width")
+        decay = LowRank(per_key, axes, self.decay_rank, self.init_std, self.dtype, name="decay")(x)
+        bias = self.param("decay_bias", nn.with_logical_partitioning(nn.initializers.zeros, axes), per_key)
         log_decay = jax.nn.log_sigmoid(decay.astype(jnp.float32) + bias) / self.decay_temperature
         o, memory = gated_linear_attention(
             project(self.state_size, "q_proj"), project(self.state_size, "k_proj"),

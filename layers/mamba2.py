@@ -8,6 +8,7 @@ from einops import rearrange
 
 from layers.array_types import Array, Float, Int, typed
 from layers.causal_conv import CausalDepthwiseConv
+from layers.heads import num_heads_for
 from layers.linear import Linear
 from layers.matrix_recurrence import MatrixImplementation
 from layers.norms import rms_norm
@@ -20,19 +21,6 @@ class Mamba2State(NamedTuple):
     conv_x: jax.Array   # [b, taps - 1, inner]: inputs of the convolution over x, oldest first
     conv_bc: jax.Array  # [b, taps - 1, 2 * groups * k]: the same over keys and queries
     ssm: jax.Array      # [b, h, k, v] float32
-
-    @classmethod
-    def empty(
-        cls, batch: int, width: int, *, state_size: int, expand: int, head_width: int, conv_taps: int,
-        num_groups: int = 1, dtype: jnp.dtype = jnp.float32,
-    ) -> "Mamba2State":
-        """The state before the first token, of a `Mamba2` with these attributes at this model width."""
-        inner, history = expand * width, (batch, conv_taps - 1)
-        return cls(
-            jnp.zeros((*history, inner), dtype),
-            jnp.zeros((*history, 2 * num_groups * state_size), dtype),
-            jnp.zeros((batch, inner // head_width, state_size, head_width), jnp.float32),
-        )
 
 
 class Mamba2(nn.Module):
@@ -74,10 +62,7 @@ class Mamba2(nn.Module):
           ValueError: expand * d is not a multiple of head_width.
         """
         width = x.shape[-1]
-        inner = self.expand * width
-        if inner % self.head_width:
-            raise ValueError(f"expand * width = {inner} is not a multiple of head_width {self.head_width}")
-        num_heads = inner // self.head_width
+        inner, num_heads = self.expand * width, num_heads_for(width, self.expand, self.head_width)
         conv_x_state, conv_bc_state, ssm_state = initial_state or (None, None, None)
 
         def project(features, name, axis):
@@ -108,6 +93,16 @@ class Mamba2(nn.Module):
         out = Linear(
             (width,), ("inner", "embed"), init_std=self.out_init_std, dtype=self.dtype, name="out")(y)
         return out, Mamba2State(conv_x_state, conv_bc_state, ssm_state)
+
+    def empty_state(self, batch: int, width: int) -> Mamba2State:
+        """The state before the first token, at this model width."""
+        num_heads = num_heads_for(width, self.expand, self.head_width)
+        history = batch, self.conv_taps - 1
+        return Mamba2State(
+            jnp.zeros((*history, self.expand * width), self.dtype),
+            jnp.zeros((*history, 2 * self.num_groups * self.state_size), self.dtype),
+            jnp.zeros((batch, num_heads, self.state_size, self.head_width), jnp.float32))
+
 
 
 def dt_bias_init(key, shape, dtype=jnp.float32):

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from layers.array_types import Array, Float, Int, typed
 from layers.gated_linear_attention import gated_linear_attention
+from layers.heads import num_heads_for
 from layers.linear import Linear
 from layers.linear_attention import join_state, split_state, with_ones
 from layers.matrix_recurrence import MatrixImplementation
@@ -133,7 +134,8 @@ class MLSTM(nn.Module):
         Raises:
           ValueError: expand * d is not a multiple of head_width.
         """
-        width, num_heads = x.shape[-1], self._num_heads(x.shape[-1])
+        width = x.shape[-1]
+        num_heads = num_heads_for(width, self.expand, self.head_width)
 
         def project(features, name, *axes):
             return Linear(features, ("embed", *axes), init_std=self.init_std, dtype=self.dtype, name=name)(x)
@@ -162,10 +164,5 @@ class MLSTM(nn.Module):
 
     def empty_state(self, batch: int, width: int) -> MLSTMMemory:
         """The memory before the first token, at this model width."""
-        return empty_memory(batch, self._num_heads(width), self.state_size, self.head_width)
-
-    def _num_heads(self, width: int) -> int:
-        if self.expand * width % self.head_width:
-            raise ValueError(
-                f"expand * width = {self.expand * width} is not a multiple of head_width {self.head_width}")
-        return self.expand * width // self.head_width
+        num_heads = num_heads_for(width, self.expand, self.head_width)
+        return empty_memory(batch, num_heads, self.state_size, self.head_width)

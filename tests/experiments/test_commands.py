@@ -64,7 +64,7 @@ def test_a_mistake_costs_one_line_and_exit_code_2(program, arguments, message, t
     ("optimizer.accumulation_steps=3", "data.batch_size 8 is not a multiple of optimizer.accumulation_steps 3"),
     ("tokens_per_chunk=(4.0, 4.0)", "tokens_per_chunk (4.0, 4.0) must have one value"),
     ("model.stages.stage0.num_heads=3", "num_heads 3 must divide width 16"),
-    ("model.stages.stage0.encoder=x4", "layout 'x4' must be letters m, M, t or T"),
+    ("model.stages.stage0.encoder=x4", "layout 'x4' must be names of mixers"),
     ("model.stages.stage0.width=64", "stages must not get narrower going inward"),
     ("model.vocab_size=100", "model.vocab_size 100 cannot hold all 256 bytes"),
     ("data.batch_size=6", "config.data.batch_size 6 in 1 parts does not divide over 8 devices"),
