@@ -25,6 +25,7 @@ def gated_linear_attention(
     reverse: bool = False,
     scale: float | None = None,
     implementation: MatrixImplementation = "auto",
+    axis_name: str | None = None,
     chunk_size: int | None = None,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"] | Float[Array, "b n h k v"]]:
     """Runs S_t = diag(exp log_decay_t) S_{t-1} + k_t v_t^T and returns o_t = scale S_t^T q_t, and the last state.
@@ -43,17 +44,21 @@ def gated_linear_attention(
       implementation: "reference" runs token by token; "chunkwise" is for training, with the memory of one state
         per chunk; "auto" is "chunkwise" where it is differentiated, which is then not possible in forward mode,
         and on accelerators; else "reference", which a CPU runs faster.
+      axis_name: inside `jax.shard_map`, the axis of the mesh over which t is sharded, in order: each shard then
+        runs from the state that the shards before it leave. The initial state is that before the first shard, and
+        the last state that after the last, both on all shards.
       chunk_size: tokens per step of "chunkwise": it changes speed, not results. None means 32, or 16 with a decay
         per key channel.
     Raises:
       ValueError: heads do not fit those of v, chunk_size < 1, or, under `jax.debug_nans`, log_decay > 0.
+      NotImplementedError: a state for each segment of rows that are sharded.
     """
     groups = k.shape[2]
     tokens = Tokens(per_group(q, v, "q"), per_group(k, v, "k"), per_head(v, groups),
                     decay_per_head(log_decay, v, groups))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return matrix_recurrence(tokens, initial_state, segment_ids, implementation, scale=scale, reverse=reverse,
-                             chunk_size=chunk_size)
+                             chunk_size=chunk_size, axis_name=axis_name)
 
 
 @typed
@@ -69,6 +74,7 @@ def rwkv6_recurrence(
     reverse: bool = False,
     scale: float | None = None,
     implementation: MatrixImplementation = "auto",
+    axis_name: str | None = None,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"] | Float[Array, "b n h k v"]]:
     """Reads o_t = scale (S_{t-1} + diag(bonus) k_t v_t^T)^T q_t; then S_t = diag(exp g_t) S_{t-1} + k_t v_t^T.
 
@@ -78,7 +84,8 @@ def rwkv6_recurrence(
     exact_q, exact_k, exact_v = (x.astype(jnp.float32) for x in (q, k, v))
     tokens = jax.tree.map(lambda x: x[:, :, :, None], Tokens(q, k, exact_v, log_decay.astype(jnp.float32)))
     o, state = matrix_recurrence(
-        tokens, initial_state, segment_ids, implementation, scale=scale, reverse=reverse, reads_before=True)
+        tokens, initial_state, segment_ids, implementation, scale=scale, reverse=reverse, reads_before=True,
+        axis_name=axis_name)
     own = jnp.sum(scale * exact_q * bonus.astype(jnp.float32) * exact_k, axis=-1, keepdims=True) * exact_v
     if segment_ids is not None:
         own = jnp.where((segment_ids != 0)[..., None, None], own, 0)

@@ -1,16 +1,31 @@
 """What segments mean for a recurrence: which state enters where, and which one is the last."""
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from layers.context_parallel import Summary, states_around
 from layers.segments import segment_ordinals
+
+
+class Shards(NamedTuple):
+    """How a recurrence gets over the edges of shards.
+
+    Attributes:
+      axis_name: of the mesh, along which time is sharded, in order, inside `jax.shard_map`.
+      summarize: called as `run` is, without a state.
+      apply: what a `Summary`'s transition makes of a state.
+    """
+
+    axis_name: str
+    summarize: Callable[..., Summary]
+    apply: Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def over_segments(
     run: Callable[..., tuple[jax.Array, jax.Array]], tokens: Any, initial_state: jax.Array,
-    segment_ids: jax.Array | None, *, has_one_each: bool, reverse: bool,
+    segment_ids: jax.Array | None, *, has_one_each: bool, reverse: bool, shards: Shards | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs a recurrence over rows of segments; returns the outputs [b, t, ...] and the last state.
 
@@ -22,6 +37,7 @@ def over_segments(
         of the last segment. With `has_one_each` [b, n, ...], one for each segment of a row, and so is the last
         state; a segment that is not there keeps its own. This costs n times the work.
       reverse: run from the last token to the first.
+      shards: time is sharded over devices, so.
     """
     def turned(x: jax.Array) -> jax.Array:
         return jnp.flip(x, axis=1) if reverse else x
@@ -33,8 +49,17 @@ def over_segments(
     if not has_one_each:
         ordinals = segment_ordinals(turned(segment_ids))
         before = jnp.concatenate([jnp.ones_like(ordinals[:, :1]), ordinals[:, :-1]], axis=1)
-        y, last = run(tokens, initial_state, is_real, ordinals > before)
-        return turned(y), last
+        begins = ordinals > before
+        if shards is None:
+            y, last = run(tokens, initial_state, is_real, begins)
+            return turned(y), last
+        initial_state, last = states_around(
+            shards.axis_name, shards.summarize(tokens, is_real, begins), shards.apply, initial_state,
+            turned(segment_ids), reverse=reverse)
+        return turned(run(tokens, initial_state, is_real, begins)[0]), last
+    if shards is not None:
+        raise NotImplementedError("a state per segment, [b, n, ...], is not there for time that is sharded; give "
+                                  "one per row")
     ordinals = turned(segment_ordinals(segment_ids))
 
     def of_one(number: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:

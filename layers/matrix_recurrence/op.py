@@ -18,11 +18,12 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from layers.context_parallel import Summary, varying_like
 from layers.matrix_recurrence.chunkwise import chunkwise
-from layers.matrix_recurrence.decays import NOTHING_LEFT
+from layers.matrix_recurrence.decays import NOTHING_LEFT, exact_matmul
 from layers.matrix_recurrence.reference import sequential
 from layers.matrix_recurrence.tokens import Settings, Tokens
-from layers.segment_states import over_segments
+from layers.segment_states import Shards, over_segments
 
 MatrixImplementation = Literal["auto", "reference", "chunkwise"]
 
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 def matrix_recurrence(
     tokens: Tokens, initial_state: jax.Array | None, segment_ids: jax.Array | None,
     implementation: MatrixImplementation, *, scale: float = 1.0, reverse: bool = False, reads_before: bool = False,
-    chunk_size: int | None = None,
+    chunk_size: int | None = None, axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns every scale * o_t [b, t, h, v], in v's dtype, and the last state.
 
@@ -46,6 +47,8 @@ def matrix_recurrence(
       reverse: run from the last token to the first, where the initial state enters.
       reads_before: o_t reads S_{t-1}, before it decays.
       chunk_size: tokens per step of "chunkwise", which changes its speed; None means as many as a CPU likes.
+      axis_name: inside `jax.shard_map`, the axis of the mesh over which t is sharded, in order. The initial state
+        is that of the first shard, and the last state that of the last, on all of them.
     """
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size {chunk_size} must be at least 1")
@@ -57,8 +60,12 @@ def matrix_recurrence(
     run = functools.partial(_run, implementation, Settings(scale, reads_before, chunk_size))
     grouped = initial_state.reshape(
         *initial_state.shape[:-3], groups, in_group, *initial_state.shape[-2:]).astype(jnp.float32)
+    grouped = varying_like(grouped, tokens.v)
+    shards = None
+    if axis_name is not None:
+        shards = Shards(axis_name, functools.partial(_summary, implementation), _apply)
     o, last = over_segments(
-        run, tokens, grouped, segment_ids, has_one_each=initial_state.ndim == 5, reverse=reverse)
+        run, tokens, grouped, segment_ids, has_one_each=initial_state.ndim == 5, reverse=reverse, shards=shards)
     return o.reshape(batch, length, heads, -1), last.reshape(initial_state.shape)
 
 
@@ -66,6 +73,15 @@ def _run(
     implementation: MatrixImplementation, settings: Settings, tokens: Tokens, state: jax.Array, is_real: jax.Array,
     begins: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
+    inert = _inert(settings.reads_before, tokens, is_real, begins)
+    if implementation == "auto" and tokens.v.shape[1] > 1:
+        _log_once("matrix recurrences run by chunks where they are differentiated, and else on a CPU by tokens")
+        return _auto(settings, inert, state)
+    return (chunkwise if implementation == "chunkwise" else sequential)(inert, state, settings)
+
+
+def _inert(reads_before: bool, tokens: Tokens, is_real: jax.Array, begins: jax.Array | None) -> Tokens:
+    """Tokens of which padding does nothing, and the first of a segment leaves nothing of the state before."""
     def where(mask, x, otherwise):
         return jnp.where(mask[..., None, None, None], x, jnp.asarray(otherwise, x.dtype))
 
@@ -73,12 +89,32 @@ def _run(
     if begins is not None:
         inert = inert._replace(log_decay=where(~begins, inert.log_decay, NOTHING_LEFT))
         # Nor may what reads the state before its decay see another segment's.
-        for name in ["a"] * (inert.b is not None) + ["q"] * settings.reads_before:
+        for name in ["a"] * (inert.b is not None) + ["q"] * reads_before:
             inert = inert._replace(**{name: where(~begins, getattr(inert, name), 0)})
-    if implementation == "auto" and tokens.v.shape[1] > 1:
-        _log_once("matrix recurrences run by chunks where they are differentiated, and else on a CPU by tokens")
-        return _auto(settings, inert, state)
-    return (chunkwise if implementation == "chunkwise" else sequential)(inert, state, settings)
+    return inert
+
+
+def _summary(
+    implementation: MatrixImplementation, tokens: Tokens, is_real: jax.Array, begins: jax.Array | None
+) -> Summary:
+    """Of a shard: the state is only decayed, or multiplied by a matrix [k, k]."""
+    batch, _, groups, in_group, value_width = tokens.v.shape
+    key_width = tokens.k.shape[-1]
+    own = varying_like(jnp.zeros((batch, groups, in_group, key_width, value_width), jnp.float32), tokens.v)
+    if tokens.a is None:
+        log_decay = _inert(False, tokens, is_real, begins).log_decay
+        transition = jnp.exp(jnp.sum(log_decay, axis=1))[..., None]
+        return Summary(transition, _run(implementation, Settings(), tokens, own, is_real, begins)[1])
+    # A value of zeros writes nothing: what enters with it is seen to leave as it is changed on the way.
+    unwritten = jnp.zeros((*tokens.v.shape[:-1], key_width), tokens.v.dtype)
+    tokens = tokens._replace(v=jnp.concatenate([tokens.v, unwritten], axis=-1))
+    unit = jnp.broadcast_to(jnp.eye(key_width), (*own.shape[:-1], key_width))
+    last = _run(implementation, Settings(), tokens, jnp.concatenate([own, unit], axis=-1), is_real, begins)[1]
+    return Summary(last[..., value_width:], last[..., :value_width])
+
+
+def _apply(transition: jax.Array, state: jax.Array) -> jax.Array:
+    return transition * state if transition.shape[-1] == 1 else exact_matmul(transition, state)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

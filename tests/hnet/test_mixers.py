@@ -36,7 +36,7 @@ def test_every_parameter_of_every_mixer_is_trained():
 def test_names_run_into_each_other_without_doubt():
     assert parse_layout("m4mlstm2Mlstm1M1gru1griffin3") == (
         ("m", 4), ("mlstm", 2), ("Mlstm", 1), ("M", 1), ("gru", 1), ("griffin", 3))
-    with pytest.raises(ValueError, match="'gpt2' must be names of mixers.*mixers are m, t, gdn, gla"):
+    with pytest.raises(ValueError, match=r"'gpt2' must be names of mixers.*mixers are m, t, gdn, gla"):
         parse_layout("gpt2")
     with pytest.raises(ValueError, match="ssm_state_size 3 must be even"):
         StageConfig(width=12, encoder="ssm1", ssm_state_size=3)

@@ -1,0 +1,77 @@
+"""Recurrences whose time is sharded over devices equal those that have all of it, in values and gradients."""
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+from layers import dplr_recurrence, gated_delta_rule, gated_linear_attention
+from tests.assertions import assert_matches
+from tests.inputs import Draw
+
+SHARDS, SHARD = 8, 4
+B, T, H, K, V = 2, SHARDS * SHARD, 2, 4, 6
+MESH = jax.make_mesh((SHARDS,), ("time",), axis_types=(AxisType.Auto,))
+# Segments that begin at an edge, one token before and one after, and within; shards of padding; one of all.
+IDS = jnp.asarray([
+    [0] * 2 + [1] * 5 + [2] * 1 + [3] * 5 + [4] * 2 + [5] * 5 + [0] * 9 + [6] * 3,
+    [7] * 32,
+], jnp.int32)
+
+
+def _inputs(*names):
+    draw = Draw(len(names))
+    unit = lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+    made = {
+        "q": lambda: draw(B, T, 1, K), "k": lambda: unit(draw(B, T, 1, K)), "v": lambda: draw(B, T, H, V),
+        "beta": lambda: 2 * draw.uniform(B, T, H), "of_head": lambda: -0.2 * jnp.abs(draw(B, T, H)),
+        "of_channel": lambda: -10 * draw.uniform(B, T, H, K) ** 8, "per_head": lambda: unit(draw(B, T, H, K)),
+    }
+    return [made[name]() for name in names]
+
+
+def _rwkv7(r, w, k, v, removed, rate, **keywords):
+    return dplr_recurrence(r, w, k, v, -removed, removed * rate[..., None], **keywords)
+
+
+FAMILIES = {
+    "linear attention": (gated_linear_attention, ("q", "k", "v", "of_channel"), H, V),
+    "delta rule": (gated_delta_rule, ("q", "k", "v", "beta", "of_head"), H, V),
+    "diagonal plus low rank": (_rwkv7, ("per_head", "of_channel", "per_head", "v", "per_head", "beta"), H, V),
+}
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_time_may_be_sharded(family, reverse):
+    recur, names, *_ = FAMILIES[family]
+    inputs, initial = _inputs(*names), Draw(9)(B, H, K, V)
+
+    def run(ids, initial, *inputs, axis_name=None):
+        return recur(*inputs, initial_state=initial, segment_ids=ids, reverse=reverse, axis_name=axis_name)
+
+    over_time = P(None, "time")
+    sharded = jax.shard_map(
+        partial(run, axis_name="time"), mesh=MESH, in_specs=(over_time, P(), *(over_time for _ in inputs)),
+        out_specs=(over_time, P()), check_vma=False)
+
+    @partial(jax.jit, static_argnums=0)
+    def values_and_gradients(run, *inputs):
+        values, pull_back = jax.vjp(partial(run, IDS), *inputs)
+        return values, pull_back(jax.tree.map(lambda y: jnp.cos(jnp.arange(y.size)).reshape(y.shape), values))
+
+    expected = values_and_gradients(run, initial, *inputs)
+    assert_matches(values_and_gradients(sharded, initial, *inputs), expected, dtype="float32", scale=4)
+    assert np.any(expected[1][0]), "the initial state counts"
+
+
+def test_a_state_per_segment_is_refused_where_time_is_sharded():
+    states = jnp.zeros((B, 3, H, K, V))
+    sharded = jax.shard_map(
+        lambda *x: gated_linear_attention(*x, initial_state=states, axis_name="time")[0], mesh=MESH,
+        in_specs=P(None, "time"), out_specs=P(None, "time"))
+    with pytest.raises(NotImplementedError, match="a state per segment"):
+        sharded(*_inputs("q", "k", "v"))
