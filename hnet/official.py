@@ -180,14 +180,14 @@ def _stack(
     stage: StageConfig, runs: tuple[tuple[str, int], ...], official: str, path: tuple[str, ...]
 ) -> Iterator[Relabel]:
     layer = 0
-    for run, (name, count) in enumerate(runs):
+    for run, (kind, count) in enumerate(runs):
         for index in range(count):
             name, ours = f"{official}.layers.{layer}", (*path, f"run{run}")
             yield Relabel(f"{name}.norm1.weight", (*ours, "mixer_norm", "scale"), index)
-            mixer = _mamba2(stage) if mixer_of(name) == "m" else _ATTENTION
+            mixer = _mamba2(stage) if mixer_of(kind) == "m" else _ATTENTION
             for suffix, leaf, rows in mixer:
                 yield Relabel(f"{name}.mixer.{suffix}", (*ours, "mixer", *leaf), index, rows)
-            if has_feed_forward(name):
+            if has_feed_forward(kind):
                 yield Relabel(f"{name}.norm2.weight", (*ours, "feed_forward_norm", "scale"), index)
                 yield Relabel(f"{name}.mlp.fc1.weight", (*ours, "feed_forward", "value_gate", "kernel"), index)
                 yield Relabel(f"{name}.mlp.fc2.weight", (*ours, "feed_forward", "out", "kernel"), index)
