@@ -26,15 +26,17 @@ def causal_depthwise_conv(
         its window reaches past the start of its segment.
     """
     taps, length = kernel.shape[0], x.shape[1]
-    if initial_state is None:
-        initial_state = jnp.zeros((x.shape[0], taps - 1, x.shape[2]), x.dtype)
     if segment_ids is None:
         segment_ids = jnp.ones(x.shape[:2], jnp.int32)
     is_real = segment_ids != 0
     ordinal = segment_ordinals(segment_ids)  # [b, t]
 
     x = jnp.where(is_real[:, :, None], x, 0)
-    history = jnp.concatenate([initial_state.astype(x.dtype), x], axis=1)  # [b, w - 1 + t, d]
+    history = jnp.pad(x, ((0, 0), (taps - 1, 0), (0, 0)))  # [b, w - 1 + t, d]
+    if initial_state is not None:
+        # Right before the first real token, whatever padding there is ahead of it.
+        before = jnp.argmax(is_real, axis=1)[:, None] + jnp.arange(taps - 1)  # [b, w - 1]
+        history = history.at[jnp.arange(x.shape[0])[:, None], before].set(initial_state.astype(x.dtype))
     history_ordinal = jnp.pad(ordinal, ((0, 0), (taps - 1, 0)), constant_values=1)
     y = jnp.broadcast_to(bias.astype(jnp.float32), x.shape)
     for tap in range(taps):

@@ -45,6 +45,15 @@ def test_a_split_sequence_with_carried_state_equals_the_whole(cut):
     np.testing.assert_array_equal(state, last)
 
 
+def test_padding_ahead_does_not_come_between_the_carried_state_and_its_tokens():
+    x, state = _x(12), Draw(3)(2, TAPS - 1, WIDTH)
+    ids = jnp.asarray([[0] * 3 + [4] * 9, [4] * 12], jnp.int32)
+    y, after = causal_depthwise_conv(x, KERNEL, BIAS, initial_state=state, segment_ids=ids)
+    expected, last = causal_depthwise_conv(x[:, 3:], KERNEL, BIAS, initial_state=state)
+    np.testing.assert_allclose(y[0, 3:], expected[0], atol=1e-6)
+    np.testing.assert_array_equal(after[0], last[0])
+
+
 def test_state_is_that_after_the_last_real_token():
     x = _x(9)
     ids = jnp.array([[3] * 6 + [0] * 3, [1] * 7 + [2] * 2])
