@@ -8,47 +8,48 @@ import numpy as np
 
 from tests.assertions import assert_matches
 
-HALF = 7  # tokens; inputs are twice as long, so that two programs and that of one token do for everything
+HALF = 7  # tokens; inputs are twice as long
 
 
-def assert_state_is_carried(run: Callable, x: Any, empty: Any, *, scale: float = 4, steps: int = 2) -> None:
+def assert_state_is_carried(run: Callable, x: Any, empty: Any, *, scale: float = 4) -> None:
     """A sequence in parts equals the whole; segments in a row equal those alone; padding is inert and reads 0.
+
+    Two programs do for all of it, one of 2 * HALF tokens and one of a single token.
 
     Args:
       run: (x, segment_ids [b, t], state) -> (y [b, t, ...], state).
       x: a pytree of arrays [b, 2 * HALF, ...].
       empty: the state before the first token.
       scale: of the tolerance.
-      steps: tokens to read one by one.
     """
     run = jax.jit(run)
     batch = jax.tree.leaves(x)[0].shape[0]
 
-    def part(start, stop):
-        return jax.tree.map(lambda z: z[:, start:stop], x)
+    def halves(first, second, state):
+        ids = jnp.repeat(jnp.asarray([[first, second]] * batch, jnp.int32), HALF, axis=1)
+        y, state = run(x, ids, state)
+        for number, part in ((first, y[:, :HALF]), (second, y[:, HALF:])):
+            assert number or not np.any(part), "padding does not read 0"
+        return (y[:, :HALF], y[:, HALF:]), state
 
-    def ids(first, second):
-        return jnp.repeat(jnp.asarray([[first, second]] * batch, jnp.int32), HALF, axis=1)
+    def step_by_step(start, state):
+        outputs, ids = [], jnp.ones((batch, 1), jnp.int32)
+        for now in range(start, start + HALF):
+            y, state = run(jax.tree.map(lambda z, now=now: z[:, now : now + 1], x), ids, state)
+            outputs.append(y)
+        return jnp.concatenate(outputs, axis=1), state
 
     def check(actual, expected):
         assert_matches(actual, expected, dtype="float32", scale=scale)
 
-    one_half = ids(1, 1)[:, :HALF]
-    earlier, later = part(0, HALF), part(HALF, 2 * HALF)
-    whole, last = run(x, ids(1, 1), empty)
-    first, state = run(earlier, one_half, empty)
-    second, end = run(later, one_half, state)
-    check((jnp.concatenate([first, second], axis=1), end), (whole, last))
-    for token in range(HALF, HALF + steps):
-        y, state = run(part(token, token + 1), one_half[:, :1], state)
-        check(y[:, 0], whole[:, token])
+    first, state = step_by_step(0, empty)
+    second, end = step_by_step(HALF, state)
+    check(halves(1, 1, empty), ((first, second), end))
+    alone, alone_end = step_by_step(HALF, empty)
+    check(halves(1, 2, empty), ((first, alone), alone_end))
 
-    _, state = run(earlier, one_half, empty)
-    alone, end = run(later, one_half, empty)
-    check(run(x, ids(1, 2), empty), (jnp.concatenate([first, alone], axis=1), end))
-    for order, expected in (((0, 1), (alone, end)), ((1, 0), (first, state))):
-        y, after = run(x, ids(*order), empty)
-        real = HALF * order[1]
-        check((y[:, real : real + HALF], after), expected)
-        assert not np.any(y[:, HALF - real : 2 * HALF - real]), "padding does not read 0"
-    check(run(earlier, 0 * one_half, end)[1], end)
+    (y, _), after = halves(1, 0, empty)
+    check((y, after), (first, state))
+    (_, y), after = halves(0, 1, state)
+    check((y, after), (second, end))
+    check(halves(0, 0, end)[1], end)

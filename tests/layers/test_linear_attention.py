@@ -9,7 +9,10 @@ from tests.inputs import Draw
 
 
 def test_retention_is_that_of_the_official_vectors():
-    assert_golden_case(lambda x: retention(x["q"], x["k"], x["v"])[:1], golden_case("rec_retnet", "c1"), "q k v")
+    def run(x):
+        return retention(x["q"], x["k"], x["v"], implementation="reference")[:1]
+
+    assert_golden_case(run, golden_case("rec_retnet", "c1"), "q k v")
 
 
 def test_rates_of_retention_stay_apart_where_float32_would_round_them_to_one():
@@ -21,7 +24,8 @@ def test_rates_of_retention_stay_apart_where_float32_would_round_them_to_one():
 def test_linear_attention_is_that_of_the_official_vectors():
     def plain(x):
         state = LinearAttentionState(x["h0"], jnp.zeros(x["h0"].shape[:-1]))
-        o, state = linear_attention(x["q"], x["k"], x["v"], normalize=False, initial_state=state)
+        o, state = linear_attention(x["q"], x["k"], x["v"], normalize=False, initial_state=state,
+                                    implementation="reference")
         return o, state.kv
 
     def normalized(x):
@@ -37,6 +41,7 @@ def test_the_sum_of_weights_is_carried_and_segments_and_padding_keep_apart():
     x = (draw.uniform(2, 2 * HALF, 1, 4), draw.uniform(2, 2 * HALF, 1, 4), draw(2, 2 * HALF, 3, 5))
 
     def run(x, segment_ids, state):
-        return linear_attention(*x, normalize=True, initial_state=state, segment_ids=segment_ids)
+        return linear_attention(*x, normalize=True, initial_state=state, segment_ids=segment_ids,
+                                implementation="reference")
 
     assert_state_is_carried(run, x, LinearAttentionState(jnp.zeros((2, 3, 4, 5)), jnp.zeros((2, 3, 4))))

@@ -1,13 +1,13 @@
 """mLSTM against the official vectors; its running maximum, its range, and the memory it is continued from."""
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from layers import MLSTM, MLSTMMemory, mlstm
-from layers.mlstm import empty_memory
-from layers.running_max import NOTHING, _associative, _sequential
-from tests.assertions import assert_matches
+from layers.running_max import NOTHING, _associative, _sequential, fading_max_before
 from tests.carried_state import HALF, assert_state_is_carried
 from tests.golden_cases import assert_golden_case, golden_case
 from tests.inputs import Draw
@@ -25,15 +25,16 @@ def _run(x, **options):
     return h, *memory
 
 
-@pytest.mark.parametrize("case", ["c0", "c1"])
-def test_exponential_gates_are_those_of_the_official_vectors(case):
-    data = golden_case("rec_mlstm", case)
-    assert_golden_case(_run, data, "q k v i f h0_0 h0_1 h0_2", "o ht0 ht1 ht2", limit=DIVISION_LIMIT)
+@pytest.mark.parametrize(("case", "implementation"), [("c0", "reference"), ("c1", "chunkwise")])
+def test_exponential_gates_are_those_of_the_official_vectors(case, implementation):
+    run, data = partial(_run, implementation=implementation), golden_case("rec_mlstm", case)
+    assert_golden_case(run, data, "q k v i f h0_0 h0_1 h0_2", "o ht0 ht1 ht2", limit=DIVISION_LIMIT)
 
 
 def test_sigmoid_gates_are_those_of_the_official_vectors():
     data = golden_case("rec_mlstm", "c2")
-    assert_golden_case(lambda x: _run(x, input_activation="sigmoid")[:1], data, "q k v i f")
+    run = partial(_run, input_activation="sigmoid", implementation="reference")
+    assert_golden_case(lambda x: run(x)[:1], data, "q k v i f")
 
 
 def test_the_running_maximum_is_one_of_its_two_forms():
@@ -50,25 +51,23 @@ def _tokens(length):
     return x | {"i": 3 * draw(2, length, 2), "f": 3 * draw(2, length, 2)}
 
 
-def test_memory_is_carried_and_segments_and_padding_keep_apart():
-    def run(x, segment_ids, memory):
-        return mlstm(*x, initial_state=memory, segment_ids=segment_ids)
-
-    assert_state_is_carried(run, tuple(_tokens(2 * HALF).values()), empty_memory(2, 2, 4, 5), scale=16)
-
-
-def test_each_segment_may_have_a_memory_of_its_own():
-    x, ids = _tokens(9), jnp.asarray([[3] * 4 + [0, 0] + [5] * 3] * 2, jnp.int32)
-    one_each = jax.tree.map(lambda z: jnp.stack([z, z], axis=1), empty_memory(2, 2, 4, 5))
-    h, memory = jax.jit(mlstm)(*x.values(), initial_state=one_each, segment_ids=ids)
-    expected, last = jax.jit(mlstm)(*x.values(), segment_ids=ids)
-    assert_matches((h, jax.tree.map(lambda z: z[:, 1], memory)), (expected, last), dtype="float32", scale=16)
+def test_each_segment_may_have_a_maximum_of_its_own_and_padding_leaves_it_alone():
+    draw, ids = Draw(2), jnp.asarray([[0, 3, 3, 3, 3, 0, 5, 5, 5]], jnp.int32)
+    x, f, initial = draw(1, 9, 2), -draw.uniform(1, 9, 2), draw(1, 3, 2)
+    before, last = jax.jit(fading_max_before)(x, f, initial, segment_ids=ids)
+    for number, start, stop in ((0, 1, 5), (1, 6, 9)):
+        m = np.asarray(initial[0, number])
+        for token in range(start, stop):
+            np.testing.assert_array_equal(before[0, token], m)
+            m = np.maximum(m + f[0, token], x[0, token])
+        np.testing.assert_array_equal(last[0, number], m)
+    np.testing.assert_array_equal(last[0, 2], initial[0, 2])
 
 
 def test_gates_beyond_the_range_of_an_exponential_leave_outputs_and_gradients_finite():
     @jax.jit
     def values_and_gradients(x):
-        h, pull_back = jax.vjp(lambda x: _run(x)[0], x)
+        h, pull_back = jax.vjp(lambda x: _run(x, implementation="reference")[0], x)
         return h, pull_back(jnp.ones_like(h))
 
     for gate in (-300.0, 300.0):

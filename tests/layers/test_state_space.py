@@ -19,20 +19,19 @@ def _complex(x, name):
     return jax.lax.complex(x[f"{name}_re"], x[f"{name}_im"])
 
 
-@pytest.mark.parametrize("case", ["c0", "c1"])
-def test_s4d_and_its_kernel_are_those_of_the_official_vectors(case):
+def test_s4d_and_its_kernel_are_those_of_the_official_vectors():
     def run(x):
         c = jax.lax.complex(x["C"][..., 0], x["C"][..., 1])
         params = (x["log_dt"], x["log_A_real"], x["A_imag"], c)
         y, _ = s4d(jnp.swapaxes(x["u"], 1, 2), *params)
         return jnp.swapaxes(y, 1, 2), s4d_kernel(*params, 71)
 
-    data = golden_case("rec_s4d", case)
+    data = golden_case("rec_s4d", "c0")
     data["dkernel"] = np.zeros_like(data["kernel"])
     assert_golden_case(run, data, "u C log_dt log_A_real A_imag", "o kernel", limit=POWERS_LIMIT)
 
 
-@pytest.mark.parametrize("case", ["c0", "c1", "c2"])
+@pytest.mark.parametrize("case", ["c1", "c2"])
 def test_s5_is_that_of_the_official_vectors(case):
     def run(x):
         c, c_reverse = _complex(x, "C"), None
@@ -58,7 +57,7 @@ def test_the_first_spectrum_of_s5_is_that_of_hippo():
 
 def test_a_small_step_keeps_its_digits():
     eigenvalues, step = np.asarray([-0.5 + 3j, -1 + 0.1j]), 1e-6
-    _, gain = discretize(jnp.asarray(eigenvalues, jnp.complex64), jnp.float32(step))
+    _, gain = jax.jit(discretize)(jnp.asarray(eigenvalues, jnp.complex64), jnp.float32(step))
     np.testing.assert_allclose(gain, (np.exp(eigenvalues * step) - 1) / eigenvalues, rtol=1e-6)
 
 
