@@ -31,7 +31,8 @@ def _values_and_gradients(x, segment_ids):
 
 def _inputs(length):
     draw = Draw(length)
-    log_decay = -jnp.where(draw.uniform(1, length, 2) < 0.1, 300 * draw.uniform(1, length, 2), 0.1)
+    # Rare, or nothing would be left for the larger blocks.
+    log_decay = -jnp.where(draw.uniform(1, length, 2) < 0.02, 300 * draw.uniform(1, length, 2), 0.01)
     x = (draw(1, length, 1, 4), draw(1, length, 1, 4), draw(1, length, 2, 5), log_decay,
          draw(1, length, 2, num_levels_of(length)))
     return tuple(map(np.asarray, x))
@@ -39,7 +40,7 @@ def _inputs(length):
 
 SEGMENTS = {  # (id, length)
     "short": [(3, 3), (1, 2)],
-    "long": [(0, 2), (7, 3), (2, 41), (0, 1), (3, 1), (4, 16), (9, 25), (0, 4)],
+    "long": [(0, 2), (7, 3), (2, 100), (0, 1), (3, 1), (4, 16), (9, 25), (0, 4)],
 }
 
 
@@ -56,8 +57,8 @@ def test_segments_of_any_length_equal_those_alone_and_padding_reads_nothing():
     assert_matches(o, run(*x, segment_ids=ids), dtype="float32", scale=4)
     for z in (o, *gradients):
         assert np.isfinite(z).all() and not np.any(z[ids == 0])
-    alone = run(*(z[:, 5:46] for z in x))
-    assert_matches(o[:, 5:46], alone, dtype="float32", scale=4)
+    alone = run(*(z[:, 5:105] for z in x))
+    assert_matches(o[:, 5:105], alone, dtype="float32", scale=4)
 
 
 def test_segments_in_a_row_shorter_than_a_chunk_equal_the_spec():
