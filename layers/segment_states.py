@@ -25,7 +25,8 @@ class Shards(NamedTuple):
 
 def over_segments(
     run: Callable[..., tuple[jax.Array, jax.Array]], tokens: Any, initial_state: jax.Array,
-    segment_ids: jax.Array | None, *, has_one_each: bool, reverse: bool, shards: Shards | None = None,
+    segment_ids: jax.Array | None, *, has_one_each: bool, reverse: bool, turns: bool = True,
+    shards: Shards | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Runs a recurrence over rows of segments; returns the outputs [b, t, ...] and the last state.
 
@@ -37,34 +38,38 @@ def over_segments(
         of the last segment. With `has_one_each` [b, n, ...], one for each segment of a row, and so is the last
         state; a segment that is not there keeps its own. This costs n times the work.
       reverse: run from the last token to the first.
+      turns: give `run` what is reversed turned round; else `run` begins at the last token by itself.
       shards: time is sharded over devices, so.
     """
     def turned(x: jax.Array) -> jax.Array:
         return jnp.flip(x, axis=1) if reverse else x
 
+    def for_run(x: jax.Array) -> jax.Array:
+        return turned(x) if turns else x
+
     batch, length = jax.tree.leaves(tokens)[0].shape[:2]
     if segment_ids is None:
         segment_ids = jnp.ones((batch, length), jnp.int32)
-    tokens, is_real = jax.tree.map(turned, tokens), turned(segment_ids != 0)
+    tokens, is_real = jax.tree.map(for_run, tokens), for_run(segment_ids != 0)
     if not has_one_each:
         ordinals = segment_ordinals(turned(segment_ids))
         before = jnp.concatenate([jnp.ones_like(ordinals[:, :1]), ordinals[:, :-1]], axis=1)
-        begins = ordinals > before
+        begins = for_run(turned(ordinals > before))
         if shards is None:
             y, last = run(tokens, initial_state, is_real, begins)
-            return turned(y), last
+            return for_run(y), last
         initial_state, last = states_around(
             shards.axis_name, shards.summarize(tokens, is_real, begins), shards.apply, initial_state,
             turned(segment_ids), reverse=reverse)
-        return turned(run(tokens, initial_state, is_real, begins)[0]), last
+        return for_run(run(tokens, initial_state, is_real, begins)[0]), last
     if shards is not None:
         raise NotImplementedError("a state per segment, [b, n, ...], is not there for time that is sharded; give "
                                   "one per row")
-    ordinals = turned(segment_ordinals(segment_ids))
+    ordinals = for_run(segment_ordinals(segment_ids))
 
     def of_one(number: jax.Array, state: jax.Array) -> tuple[jax.Array, jax.Array]:
         return run(tokens, state, is_real & (ordinals == number), None)
 
     numbers = jnp.arange(1, initial_state.shape[1] + 1)
     y, last = jax.vmap(of_one, in_axes=(0, 1), out_axes=(0, 1))(numbers, initial_state)
-    return turned(jnp.sum(y, axis=0).astype(y.dtype)), last
+    return for_run(jnp.sum(y, axis=0).astype(y.dtype)), last

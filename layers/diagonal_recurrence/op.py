@@ -1,0 +1,144 @@
+"""A vector state that decays by channel: RG-LRU, HGRN, minGRU, and with complex numbers S4D, S5 and LRU."""
+import functools
+import logging
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from layers.array_types import Array, Float, Inexact, Int, typed
+from layers.diagonal_recurrence import pallas_gpu, pallas_tpu, xla
+from layers.diagonal_recurrence.parts import FIRST, PADDING, REAL, Parts, Settings, joined, split
+from layers.diagonal_recurrence.reference import sequential
+from layers.segment_states import over_segments
+
+DiagonalImplementation = Literal["auto", "reference", "associative", "pallas_tpu", "pallas_gpu"]
+MODULES = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
+KERNELS = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}  # what "auto" runs on a platform, if it can
+SCANS = {"reference": sequential, "associative": xla.associative}
+logger = logging.getLogger(__name__)
+
+
+@typed
+def diagonal_recurrence(
+    x: Inexact[Array, "b t d"],
+    *,
+    a: Inexact[Array, "b t d"] | None = None,
+    log_a: Float[Array, "b t d"] | None = None,
+    initial_state: Inexact[Array, "b d"] | Inexact[Array, "b n d"] | None = None,
+    segment_ids: Int[Array, "b t"] | None = None,
+    reverse: bool = False,
+    implementation: DiagonalImplementation = "auto",
+    interpret: Any = False,
+) -> tuple[Inexact[Array, "b t d"], Inexact[Array, "b d"] | Inexact[Array, "b n d"]]:
+    """Runs h_t = a_t h_{t-1} + x_t over t; returns every h_t, in the dtype of x, and the last one.
+
+    Griffin (arXiv 2402.19427) eq. 4 and HGRN (2311.04823) eq. 4, with the gate of the input left to the caller.
+    The state is float32, or complex64 where x or a is complex.
+
+    Args:
+      a: factor per step and channel, signed or complex, of magnitude 1 at most.
+      log_a: or its natural log, <= 0, float32 inside; exactly one of the two.
+      initial_state: before the first token; or one for each of n segments. None means zeros.
+      segment_ids: 0 is padding, whose y is 0 and which leaves the state alone; see `over_segments`.
+      reverse: run from the last token to the first.
+      implementation: "reference" is a scan, one step per token, which a CPU runs fastest; "associative" a parallel
+        scan; "pallas_tpu" and "pallas_gpu" (NVIDIA's) are kernels, which read and write each element once; "auto"
+        is "reference" for a single token and in programs for a CPU, else the kernel of the platform, and
+        "associative" where there is none or it lacks this case, which is logged once. Only "reference" and
+        "associative" have forward-mode and second derivatives.
+      interpret: for the kernels, True or parameters of one of Pallas's interpreters: run on any machine, slowly.
+    Raises:
+      ValueError: both of a and log_a are given, or neither.
+      NotImplementedError: the implementation asked for lacks this case; the message says why.
+    """
+    if (a is None) == (log_a is None):
+        raise ValueError("give exactly one of a and log_a")
+    gate = log_a if a is None else a
+    is_complex = any(jnp.iscomplexobj(z) for z in (x, gate, initial_state) if z is not None)
+    dtype = jnp.complex64 if is_complex else jnp.float32
+    y_dtype = jnp.promote_types(x.dtype, dtype) if is_complex else x.dtype
+    if initial_state is None:
+        initial_state = jnp.zeros((x.shape[0], x.shape[2]), dtype)
+    implementation = "reference" if implementation == "auto" and x.shape[1] <= 1 else implementation
+    is_marked = segment_ids is not None or initial_state.ndim == 3
+    settings = Settings(a is None, reverse, implementation, interpret)
+
+    def run(tokens, state, is_real, begins):
+        x, gate = tokens
+        marks = None
+        if is_marked:
+            marks = jnp.where(is_real, REAL, PADDING)
+            marks = marks if begins is None else jnp.where(is_real & begins, FIRST, marks)
+        # Not `recur` with a gradient of its own: the gradient of the definition is what others are held against.
+        recur = _recur if implementation not in SCANS else functools.partial(xla.forward, SCANS[implementation])
+        h, last = recur(settings, split(x), split(gate), split(state), marks)
+        h, last = joined(h), joined(last)
+        return h if marks is None else jnp.where(is_real[..., None], h, 0), last
+
+    y, last = over_segments(run, (x.astype(dtype) if is_complex else x, gate), initial_state.astype(dtype),
+                            segment_ids, has_one_each=initial_state.ndim == 3, reverse=reverse, turns=False)
+    return y.astype(y_dtype), last
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _recur(
+    settings: Settings, x: Parts, gate: Parts, state: Parts, marks: jax.Array | None
+) -> tuple[Parts, Parts]:
+    return _run("forward", settings, x, gate, state, marks)
+
+
+def _recur_fwd(settings, x, gate, state, marks):
+    h, last = _recur(settings, x, gate, state, marks)
+    # h in the dtype of x: its rounding is in the gradient of the gate once, as in any product of two arrays.
+    return (h, last), (h, gate, state, marks)
+
+
+def _recur_bwd(settings, residuals, cotangents):
+    # dh_t gathers its own cotangent and conj(a_{t+1}) dh_{t+1}: the recurrence run backwards, from that of the last
+    # state. Then dx_t = dh_t, da_t = conj(h_{t-1}) dh_t, and d log a_t = a_t da_t.
+    h, gate, _, _ = residuals
+    dx, d_gate, d_state = _run("backward", settings, *residuals, *cotangents)
+
+    def like(gradient: Parts, of: Parts) -> Parts:
+        return tuple(x.astype(of[0].dtype) for x in gradient)
+
+    return like(dx, h), like(d_gate, gate), d_state, None
+
+
+_recur.defvjp(_recur_fwd, _recur_bwd)
+
+
+def _run(direction: str, settings: Settings, h: Parts, gate: Parts, *others) -> Any:
+    """The implementation asked for; for "auto" that of the platform which the program is lowered for.
+
+    Args:
+      direction: "forward" or "backward".
+      h: or x, of the same dtype and shape.
+    """
+    def of(name):
+        if name in SCANS:
+            return functools.partial(getattr(xla, direction), SCANS[name], settings)
+        return functools.partial(getattr(MODULES[name], direction), settings)
+
+    def problem(name):
+        return MODULES[name].unsupported(settings, h, gate)
+
+    if settings.implementation != "auto":
+        reason = problem(settings.implementation)
+        if reason is not None:
+            raise NotImplementedError(f'implementation="{settings.implementation}": {reason}')
+        return of(settings.implementation)(h, gate, *others)
+    ways = {"cpu": of("reference")}
+    for platform, name in KERNELS.items():
+        reason = problem(name)
+        if reason is None:
+            ways[platform] = of(name)
+        else:
+            _log_once(f"diagonal_recurrence runs as associative on {platform}: {reason}")
+    return jax.lax.platform_dependent(h, gate, *others, **ways, default=of("associative"))
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logger.info(message)
