@@ -12,6 +12,7 @@ import importlib.util
 import os
 import re
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -78,12 +79,41 @@ def compile_for_h200(function: Callable, *shapes: Any) -> dict[str, KernelReport
 
     Skips the test where jax's CUDA plugin or the assembler is missing.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        with _environment("MOSAIC_GPU_DUMP_TO", folder):
+            _compile(function, shapes, {})
+        return _reports(Path(folder))
+
+
+def compile_triton_for_h200(function: Callable, *shapes: Any) -> dict[str, KernelReport]:
+    """As `compile_for_h200`, for a function whose kernels are of Pallas's Triton."""
+    with tempfile.TemporaryDirectory() as folder:
+        _compile(function, shapes, {
+            "xla_dump_to": folder, "xla_dump_emitter_re": ".*", "xla_gpu_dump_llvmir": True})
+        reports = {}
+        for path in Path(folder).glob("*.ptx"):
+            text = path.read_text()
+            kernels = re.findall(r"\.entry (diagonal\w+)", text)  # others are fusions of XLA's
+            if kernels:
+                (name,) = kernels
+                assembled = subprocess.run(
+                    [_ptxas(), "-arch=sm_90a", "-v", "-o", os.devnull, path], capture_output=True, text=True, check=True)
+                reports[name] = _report(text, assembled.stderr, shared_memory_bytes=0)
+        return reports
+
+
+def _compile(function: Callable, shapes: Any, options: dict[str, Any]) -> None:
     sharding = _h200()
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
-    with tempfile.TemporaryDirectory() as folder:
-        with _environment("MOSAIC_GPU_DUMP_TO", folder), use_abstract_mesh(sharding.mesh.abstract_mesh):
-            jax.jit(function).lower(*shapes).compile()
-        return _reports(Path(folder))
+    with use_abstract_mesh(sharding.mesh.abstract_mesh):
+        jax.jit(function).lower(*shapes).compile(compiler_options=options)
+
+
+def _ptxas() -> str:
+    found = shutil.which("ptxas")
+    if found is not None:
+        return found
+    return str(Path(importlib.util.find_spec("nvidia.cu13").submodule_search_locations[0]) / "bin" / "ptxas")
 
 
 @functools.cache
@@ -121,15 +151,21 @@ def _reports(folder: Path) -> dict[str, KernelReport]:
             assert kind not in texts[name], f"two kernels are called {name}"
             texts[name][kind] = path.read_text()
 
-    def number(pattern: str, text: str) -> int:
-        return int(re.search(pattern, text).group(1))
-
     return {
-        name: KernelReport(
-            registers=number(r"Used (\d+) registers", of["ptxas"]),
-            # One line of the assembler's report, of which a warning repeats the numbers.
-            spill_bytes=number(r"frame, (\d+) bytes spill", of["ptxas"])
-            + number(r"frame, .*, (\d+) bytes spill loads", of["ptxas"]),
-            shared_memory_bytes=number(r"smem_scratch_bytes=(\d+)", of["resources.txt"]),
-            num_wgmma=of["ptx"].count("wgmma.mma_async"), num_coarse_tanh=of["ptx"].count("tanh.approx"))
+        name: _report(of["ptx"], of["ptxas"],
+                      shared_memory_bytes=_number(r"smem_scratch_bytes=(\d+)", of["resources.txt"]))
         for name, of in texts.items()}
+
+
+def _report(ptx: str, ptxas: str, *, shared_memory_bytes: int) -> KernelReport:
+    return KernelReport(
+        registers=_number(r"Used (\d+) registers", ptxas),
+        # One line of the assembler's report, of which a warning repeats the numbers.
+        spill_bytes=_number(r"frame, (\d+) bytes spill", ptxas)
+        + _number(r"frame, .*, (\d+) bytes spill loads", ptxas),
+        shared_memory_bytes=shared_memory_bytes, num_wgmma=ptx.count("wgmma.mma_async"),
+        num_coarse_tanh=ptx.count("tanh.approx"))
+
+
+def _number(pattern: str, text: str) -> int:
+    return int(re.search(pattern, text).group(1))

@@ -1,10 +1,12 @@
 """How Pallas kernels are checked without their hardware. A kernel gets all of it from one entry in KERNELS.
 
-  interpreted on CPU         with the other implementations, in the test matrix of its op (kernels for TPU)
+  interpreted on CPU         with the other implementations, in the test matrix of its op (TPU, Triton)
   TPU interpreter            semaphores, memory spaces, blocks out of range and races between cores, as on a chip
   GPU interpreter            warpgroups, barriers, copies and races, as on a Hopper GPU (jax 0.11 or newer)
   compiled ahead of time     for four TPUs, with their limits of vector and scalar memory (needs libtpu), or for an
                              H200: matmuls in wgmma, no spilled registers, shared memory (tests/gpu_compile.py)
+
+Kernels in Triton have no interpreter of their own: they are in the test matrix of their op, and compiled.
 
 Paths into jax that are not public are all here.
 """
@@ -17,12 +19,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
+from layers import diagonal_recurrence
+from tests.inputs import Draw
 from tests.layers.block_sparse_attention.cases import Case, draw_inputs, in_float32, values_and_gradients
 
 TPU_TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
@@ -38,7 +43,7 @@ class Kernel(NamedTuple):
     """A kernel, with inputs for an interpreter and for a compiler.
 
     Attributes:
-      platform: "tpu" or "gpu".
+      platform: "tpu", "gpu" for Mosaic GPU, or "triton".
       run: called with inputs and `interpret`; returns arrays, from the kernel and its gradient.
       expected: the same arrays, from inputs by the spec.
       small: makes inputs that an interpreter runs in seconds.
@@ -107,6 +112,64 @@ KERNELS |= {
         "gpu", Case(lists=1, **_GPU_SMALL | dict(value_width=128, t=128)),
         # A few numbers that dq keeps in memory, outside its matmuls.
         Case(**_GPU_LARGE | dict(width=256, value_width=256, block_k=64)), spill_bytes=64),
+}
+
+
+class DiagonalCase(NamedTuple):
+    """Inputs of the diagonal recurrence, with a log gate if they are real; documents and padding if asked for."""
+
+    b: int
+    t: int
+    d: int
+    dtype: str = "float32"
+    reverse: bool = False
+    segments: bool = False
+
+    def draw(self) -> dict[str, jax.Array]:
+        draw, shape = Draw(0), (self.b, self.t, self.d)
+        numbers = draw
+        if self.dtype == "complex64":
+            def numbers(*shape, dtype="complex64"):
+                return draw(*shape) + 1j * draw(*shape)
+        state = "complex64" if self.dtype == "complex64" else "float32"
+        inputs = dict(x=numbers(*shape, dtype=self.dtype), initial_state=numbers(self.b, self.d, dtype=state),
+                      dy=numbers(*shape, dtype=self.dtype), d_last=numbers(self.b, self.d, dtype=state))
+        inputs |= (dict(a=0.9 * jnp.exp(1j * draw(*shape))) if self.dtype == "complex64"
+                   else dict(log_a=-jnp.abs(draw(*shape, dtype=self.dtype))))
+        if self.segments:
+            ids = np.repeat([[1, 1, 2, 0, 3, 4, 4]], -(-self.t // 7), axis=1)[:, : self.t]
+            inputs["segment_ids"] = jnp.asarray(np.broadcast_to(ids, shape[:2]), jnp.int32)
+        return inputs
+
+
+def _diagonal(platform: str, small: DiagonalCase, large: DiagonalCase, **keywords: Any) -> Kernel:
+    def of(implementation, inputs, interpret):
+        others = dict(inputs)
+        ids, dy, d_last = others.pop("segment_ids", None), others.pop("dy"), others.pop("d_last")
+        results, pull_back = jax.vjp(lambda arrays: diagonal_recurrence(
+            arrays["x"], a=arrays.get("a"), log_a=arrays.get("log_a"), initial_state=arrays["initial_state"],
+            segment_ids=ids, reverse=small.reverse, implementation=implementation, interpret=interpret), others)
+        return jax.tree.map(lambda z: (jnp.real(z), jnp.imag(z)), (results, pull_back((dy, d_last))))
+
+    kernel = {"tpu": "pallas_tpu", "triton": "pallas_gpu"}[platform]
+    return Kernel(platform, lambda inputs, interpret: of(kernel, inputs, interpret),
+                  lambda inputs: of("reference", inputs, False), small.draw, large.draw, **keywords)
+
+
+KERNELS |= {
+    "diagonal_recurrence": _diagonal("tpu", DiagonalCase(1, 128, 128), DiagonalCase(2, 4096, 1024, "bfloat16")),
+    "diagonal_recurrence reversed, with documents and a tail": _diagonal(
+        "tpu", DiagonalCase(1, 20, 5, reverse=True, segments=True),
+        DiagonalCase(2, 1000, 600, "float32", reverse=True, segments=True)),
+    "diagonal_recurrence complex": _diagonal(
+        "tpu", DiagonalCase(1, 8, 5, "complex64"), DiagonalCase(2, 4096, 1024, "complex64")),
+    "diagonal_recurrence in Triton": _diagonal(
+        "triton", DiagonalCase(1, 8, 5), DiagonalCase(8, 4096, 2048, "bfloat16")),
+    "diagonal_recurrence in Triton, reversed, with documents, in chunks": _diagonal(
+        "triton", DiagonalCase(1, 8, 5, reverse=True, segments=True),
+        DiagonalCase(2, 1000, 600, "float32", reverse=True, segments=True)),
+    "diagonal_recurrence in Triton, complex": _diagonal(
+        "triton", DiagonalCase(1, 8, 5, "complex64"), DiagonalCase(8, 4096, 2048, "complex64")),
 }
 
 

@@ -6,7 +6,7 @@ import jax
 import pytest
 
 from tests.assertions import assert_matches
-from tests.gpu_compile import SHARED_MEMORY_BYTES, compile_for_h200
+from tests.gpu_compile import SHARED_MEMORY_BYTES, compile_for_h200, compile_triton_for_h200
 from tests.kernels import (
     HAS_LIBTPU,
     KERNELS,
@@ -18,6 +18,7 @@ from tests.kernels import (
 
 ON_TPU = [name for name, kernel in KERNELS.items() if kernel.platform == "tpu"]
 ON_GPU = [name for name, kernel in KERNELS.items() if kernel.platform == "gpu"]
+IN_TRITON = [name for name, kernel in KERNELS.items() if kernel.platform == "triton"]
 
 
 @pytest.mark.parametrize("name", ON_TPU)
@@ -55,3 +56,18 @@ def test_a_gpu_kernel_compiles_for_an_h200_with_its_sums_in_registers(name):
         assert report.num_wgmma > 0 and report.num_coarse_tanh == 0, (each, report)
         assert report.spill_bytes <= kernel.spill_bytes, (each, report)
         assert report.shared_memory_bytes <= SHARED_MEMORY_BYTES, (each, report)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", IN_TRITON)
+def test_a_triton_kernel_compiles_for_an_h200_with_its_state_in_registers(name):
+    kernel = KERNELS[name]
+    reports = compile_triton_for_h200(
+        lambda inputs: kernel.run(inputs, False), jax.eval_shape(lambda inputs: inputs, kernel.large()))
+    expected = {"diagonal_recurrence_forward", "diagonal_recurrence_backward"}
+    if "chunks" in name:
+        expected |= {"diagonal_recurrence_summary", "diagonal_recurrence_backward_summary"}
+    assert reports.keys() == expected
+    for each, report in reports.items():
+        print(each, report)  # shown by pytest -s
+        assert report.spill_bytes <= kernel.spill_bytes, (each, report)

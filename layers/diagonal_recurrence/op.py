@@ -97,13 +97,7 @@ def _recur_fwd(settings, x, gate, state, marks):
 def _recur_bwd(settings, residuals, cotangents):
     # dh_t gathers its own cotangent and conj(a_{t+1}) dh_{t+1}: the recurrence run backwards, from that of the last
     # state. Then dx_t = dh_t, da_t = conj(h_{t-1}) dh_t, and d log a_t = a_t da_t.
-    h, gate, _, _ = residuals
-    dx, d_gate, d_state = _run("backward", settings, *residuals, *cotangents)
-
-    def like(gradient: Parts, of: Parts) -> Parts:
-        return tuple(x.astype(of[0].dtype) for x in gradient)
-
-    return like(dx, h), like(d_gate, gate), d_state, None
+    return *_run("backward", settings, *residuals, *cotangents), None
 
 
 _recur.defvjp(_recur_fwd, _recur_bwd)

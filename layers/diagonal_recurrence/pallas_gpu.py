@@ -30,8 +30,8 @@ from layers.diagonal_recurrence.parts import (
 )
 
 CHANNELS = (128, 64, 32)  # of a program: 4, 2 or 1 for each thread of its only warp
-AHEAD = 1024              # elements of each array that a program reads ahead; 32 registers of a thread
-PROGRAMS = 512            # four per multiprocessor of an H100, which together read ahead what its memory can deliver
+AHEAD = 512               # elements of an array that a program reads ahead; with twice as many, registers run out
+PROGRAMS = 512            # four for each multiprocessor of an H100; together they read ahead 2 MiB of float32
 MAX_SIZE = 2**31 - 1      # of an array: addresses are 32 bits
 
 
@@ -81,7 +81,7 @@ class _Plan(NamedTuple):
         batch, length, width = parts[0].shape
         counts = {channels: batch * pl.cdiv(width, channels) for channels in CHANNELS}
         channels = next((each for each in CHANNELS if counts[each] >= PROGRAMS), CHANNELS[-1])
-        rows = AHEAD // channels
+        rows = AHEAD // (channels * len(parts))
         num_chunks = max(1, min(PROGRAMS // counts[channels], length // (2 * rows)))
         return cls(batch, length, width, channels, rows, num_chunks, backwards)
 
@@ -133,8 +133,8 @@ class _Place(NamedTuple):
         """Of a step's token; past the end it is padding."""
         if marks is None and not self.plan.has_tail:
             return None
-        mark = REAL if marks is None else plgpu.load(marks.at[self.plan.token(step)])
-        return jnp.where(step < self.plan.length, mark, PADDING)
+        mark = jnp.int32(REAL) if marks is None else plgpu.load(marks.at[self.plan.token(step)])
+        return jnp.where(step < self.plan.length, mark, jnp.int32(PADDING))
 
 
 def _summaries(

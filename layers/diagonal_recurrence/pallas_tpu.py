@@ -5,7 +5,6 @@ makes of the states before, a product of decays and a sum; the state that enters
 Tokens past the end of the arrays are marked as padding, whatever lies there. A recurrence in reverse takes blocks,
 and rows in them, from the last to the first.
 """
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 

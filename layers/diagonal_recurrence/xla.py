@@ -30,14 +30,14 @@ def forward(
     marks = None if marks is None else marks[..., None]
     a = joined(decay(settings, gate, marks))
     h, last = scan(joined(added(x, marks)), a, joined(state), reverse=settings.reverse)
-    return tuple(part.astype(x[0].dtype) for part in split(h)), split(last)
+    return _like(x, split(h)), split(last)
 
 
 def backward(
     scan: Scan, settings: Settings, h: Parts, gate: Parts, state: Parts, marks: jax.Array | None,
     dh: Parts, d_last: Parts,
 ) -> tuple[Parts, Parts, Parts]:
-    """The gradients of x, the gate and the state."""
+    """The gradients of x, the gate and the state, in the dtypes of h, the gate and the state."""
     marks = None if marks is None else marks[..., None]
     a = conjugate(decay(settings, gate, marks))
 
@@ -55,4 +55,8 @@ def backward(
                      for x, start in zip(h, state, strict=True))
     dx, d_gate = gradients(settings, split(g), h_before, gate, marks)
     d_state = joined(tuple(part[:, first] for part in a)) * at_first
-    return dx, d_gate, split(d_state)
+    return _like(h, dx), _like(gate, d_gate), split(d_state)
+
+
+def _like(parts: Parts, results: Parts) -> Parts:
+    return tuple(x.astype(parts[0].dtype) for x in results)

@@ -1,4 +1,5 @@
 """Every recurrence against the official vectors and its spec: outputs, states, gradients; hostile gates too."""
+import itertools
 from functools import partial
 
 import jax
@@ -14,6 +15,7 @@ from layers import (
     gated_linear_attention,
     rwkv6_recurrence,
 )
+from layers.diagonal_recurrence import pallas_gpu
 from layers.matrix_recurrence.triangular import unit_lower_inverse
 from tests.assertions import assert_golden, assert_matches, golden
 from tests.inputs import Draw
@@ -102,11 +104,19 @@ def test_outputs_states_and_gradients_are_those_of_the_official_vectors(name, im
 
 
 DIAGONAL_CASES = {"c0": {}, "c1": dict(reverse=True), "c2": {}, "c3": {}, "c4": {}}
+DIAGONAL_KERNELS = ("pallas_tpu", "pallas_gpu")
 
 
-@pytest.mark.parametrize("implementation", ["reference", "associative"])
-@pytest.mark.parametrize("case", DIAGONAL_CASES)
-def test_a_diagonal_state_is_that_of_the_official_vectors(case, implementation):
+@pytest.fixture
+def few_rows_at_once(monkeypatch):
+    """The kernel for GPUs unrolls what it does to the rows that it reads ahead, which takes long to compile."""
+    monkeypatch.setattr(pallas_gpu, "AHEAD", 64)
+
+
+@pytest.mark.parametrize(("case", "implementation"), [
+    *itertools.product(DIAGONAL_CASES, ("reference", "associative")),
+    *itertools.product(("c1", "c3", "c4"), DIAGONAL_KERNELS)])
+def test_a_diagonal_state_is_that_of_the_official_vectors(case, implementation, few_rows_at_once):
     data = {key.split(".")[1]: value for key, value in golden("rec_diag").items() if key.startswith(f"{case}.")}
     if "x_re" in data:
         for name in ("x", "a", "y", "dy", "ht", "dht"):
@@ -118,7 +128,7 @@ def test_a_diagonal_state_is_that_of_the_official_vectors(case, implementation):
 
     @jax.jit
     def run(x, a):
-        return diagonal_recurrence(x, a=a, initial_state=initial, implementation=implementation,
+        return diagonal_recurrence(x, a=a, initial_state=initial, implementation=implementation, interpret=True,
                                    **DIAGONAL_CASES[case])
 
     (y, last), pull_back = jax.vjp(run, x, a)
@@ -135,10 +145,10 @@ def test_a_diagonal_state_is_that_of_the_official_vectors(case, implementation):
     assert_golden((dx, da), (data["grad_x"], data["grad_a"]))
 
 
-@pytest.mark.parametrize("implementation", ["reference", "associative"])
-def test_a_state_per_segment_is_that_of_the_official_vectors(implementation):
+@pytest.mark.parametrize("implementation", ["reference", "associative", *DIAGONAL_KERNELS])
+def test_a_state_per_segment_is_that_of_the_official_vectors(implementation, few_rows_at_once):
     data = golden("rec_hgrn")
-    for case in ("c0", "c1", "c2"):
+    for case in ("c2",) if implementation in DIAGONAL_KERNELS else ("c0", "c1", "c2"):
         of_case = {key.split(".")[1]: value for key, value in data.items() if key.startswith(f"{case}.")}
         segments = of_case.get("segment_ids")
         x, g = (jnp.asarray(of_case[name], jnp.float32) for name in ("x", "g"))
@@ -147,7 +157,8 @@ def test_a_state_per_segment_is_that_of_the_official_vectors(implementation):
             h0, segments = h0[None], jnp.asarray(segments)
         (y, last), pull_back = jax.vjp(
             jax.jit(lambda x, g, h0=h0, segments=segments: diagonal_recurrence(
-                x, log_a=g, initial_state=h0, segment_ids=segments, implementation=implementation)), x, g)
+                x, log_a=g, initial_state=h0, segment_ids=segments, implementation=implementation,
+                interpret=True)), x, g)
         gradients = pull_back((jnp.asarray(of_case["do"], jnp.float32),
                                jnp.asarray(of_case["dht"], jnp.float32).reshape(last.shape)))
         assert_golden((y, last.reshape(of_case["ht"].shape)), (of_case["o"], of_case["ht"]))
@@ -214,6 +225,48 @@ def test_a_complex_state_split_anywhere_equals_the_whole():
     second, end = diagonal_recurrence(x[:, 11:], a=a[:, 11:], initial_state=state)
     np.testing.assert_allclose(jnp.concatenate([first, second], axis=1), whole, atol=1e-6)
     np.testing.assert_allclose(end, last, atol=1e-6)
+
+
+# Lengths: one token, less than a block, a tail, more than one block; with few channels also chunks of time (600).
+@pytest.mark.parametrize("implementation", ["auto", *DIAGONAL_KERNELS])
+@pytest.mark.parametrize(("length", "reverse", "dtype"), [
+    (1, False, "float32"), (7, True, "bfloat16"), (65, True, "float32"), (600, False, "bfloat16")])
+def test_a_diagonal_state_is_that_of_the_spec_at_any_length_with_documents_and_padding(
+        length, reverse, dtype, implementation, few_rows_at_once):
+    draw = Draw(length)
+    ids = np.repeat([[1, 1, 2, 0, 3, 3, 4], [0, 5, 5, 5, 6, 7, 7]], -(-length // 7), axis=1)[:, :length]
+    x, log_a = draw(2, length, 5, dtype=dtype), (-300 * draw.uniform(2, length, 5) ** 16).astype(dtype)
+    initial = draw(2, 5)
+    dy, d_last = draw(2, length, 5, dtype=dtype), draw(2, 5)
+
+    def run(implementation, cotangent_dtype, *inputs):
+        def of(x, log_a, initial):
+            return diagonal_recurrence(
+                x, log_a=log_a, initial_state=initial, segment_ids=jnp.asarray(ids, jnp.int32), reverse=reverse,
+                implementation=implementation, interpret=True)
+
+        results, pull_back = jax.vjp(of, *inputs)
+        return results, pull_back((dy.astype(cotangent_dtype), d_last))
+
+    exact = [z.astype(jnp.float32) for z in (x, log_a)]
+    expected, expected_gradients = jax.jit(partial(run, "reference", jnp.float32))(*exact, initial)
+    results, gradients = jax.jit(partial(run, implementation, dtype))(x, log_a, initial)
+    assert_matches(results, expected, dtype=dtype)
+    assert_matches(gradients, expected_gradients, dtype=dtype, scale=2)
+    assert results[0].dtype == gradients[0].dtype == gradients[1].dtype == dtype
+    assert not np.asarray(results[0])[ids == 0].any()
+
+
+def test_kernels_refuse_what_they_lack_and_auto_runs_it_otherwise():
+    x = np.ones((1, 4, 3), np.float16)
+    with pytest.raises(NotImplementedError, match="x is float16; float32, bfloat16 and complex64 fit"):
+        diagonal_recurrence(x, log_a=-x, implementation="pallas_tpu", interpret=True)
+    exported = jax.export.export(
+        jax.jit(lambda x: diagonal_recurrence(x, log_a=-x)[0]), platforms=["tpu"])(x)
+    assert "tpu_custom_call" not in exported.mlir_module()
+    exported = jax.export.export(
+        jax.jit(lambda x: diagonal_recurrence(x, log_a=-x)[0]), platforms=["tpu"])(x.astype(np.float32))
+    assert "tpu_custom_call" in exported.mlir_module()
 
 
 @pytest.mark.parametrize("kind", ["head", "channel"])
