@@ -73,7 +73,8 @@ def checks(platform: str) -> Iterator[Check]:
     def normal(*shape: int) -> jax.Array:
         return jnp.asarray(rng.standard_normal(shape, np.float32))
 
-    attention = ("xla", *{"tpu": ("pallas_tpu",), "gpu": ("pallas_gpu",)}.get(platform, ()), "auto")
+    kernels = {"tpu": ("pallas_tpu",), "gpu": ("pallas_gpu",)}.get(platform, ())
+    attention = ("xla", *kernels, "auto")
     documents = jnp.asarray(np.sort(rng.integers(0, 4, (2, 700))), jnp.int32)
     for case, heads, key_heads, width, mask in (
             ("causal", 4, 4, 128, MaskSpec()),
@@ -113,7 +114,21 @@ def checks(platform: str) -> Iterator[Check]:
     inputs = normal(2, 200, 4, 32), keys, normal(2, 200, 4, 16)
     yield Check("gated_linear_attention", "hostile gates", attention_per_channel, inputs, ("chunkwise",))
     yield Check("gated_delta_rule", "hostile gates", delta_per_head, inputs, ("chunkwise",))
-    yield Check("diagonal_recurrence", "hostile gates", diagonal, (normal(2, 200, 32),), ("associative",))
+    yield Check("diagonal_recurrence", "hostile gates", diagonal, (normal(2, 200, 32),),
+                ("associative", *kernels, "auto"))
+    open_gates = -jnp.abs(normal(2, 1500, 200))
+
+    def diagonal_of_documents(implementation, x, log_a):
+        ids = jnp.asarray(np.sort(np.random.default_rng(1).integers(0, 4, (2, 1500))), jnp.int32)
+        return diagonal_recurrence(x, log_a=log_a, segment_ids=ids, reverse=True, implementation=implementation)[0]
+
+    def diagonal_of_complex(implementation, x, angle):
+        a, x = 0.99 * jnp.exp(1j * angle.astype(jnp.float32)), x.astype(jnp.float32) * (1 + 1j)
+        return jnp.real(diagonal_recurrence(x, a=a, implementation=implementation)[0])
+
+    for case, run in (("documents, reversed", diagonal_of_documents), ("complex", diagonal_of_complex)):
+        yield Check("diagonal_recurrence", case, run, (normal(2, 1500, 200), open_gates),
+                    ("associative", *kernels, "auto"))
     probability = jnp.asarray(rng.uniform(0.05, 0.95, (2, 300)), jnp.float32)
     restarts = jnp.arange(300)[None] % 70 == jnp.array([[0], [5]])
 

@@ -5,6 +5,9 @@
 2 rows of 2048 tokens, 4 heads with states of 64 x 64; and a diagonal state of 512 channels in 4 rows of 4096
 tokens, for which the other way is jax.lax.associative_scan. `over_reference` is the time over that of the scan in
 the same pass: below 1 is faster. `temporary_mib` is what XLA sets aside beside inputs and outputs.
+
+On a GPU or TPU also the kernel for diagonal states, in 8 rows of 4096 tokens with 2048 channels: GB/s of the bytes
+that must be moved, and the time over that of a pass which only adds and moves as many.
 """
 import argparse
 import functools
@@ -23,6 +26,7 @@ from layers import diagonal_recurrence, dplr_recurrence, gated_delta_rule, gated
 
 ROWS, TOKENS, HEADS, WIDTH = 2, 2048, 4, 64
 DIAGONAL_SHAPE = (4, 4096, 512)
+MEMORY_SHAPE = (8, 4096, 2048)
 
 
 def main(argv: list[str]) -> None:
@@ -37,6 +41,12 @@ def main(argv: list[str]) -> None:
         for backward in (False, True):
             rows += measure(name, recur, inputs, implementations, backward, arguments.repeats)
     write_results("recurrences", rows, arguments.outdir)
+    kernel = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}.get(jax.devices()[0].platform)
+    if kernel is not None:
+        ways = ("reference", "associative", kernel)
+        rows = [row for dtype in ("float32", "bfloat16")
+                for row in diagonal_bandwidth(ways, MEMORY_SHAPE, dtype, arguments.repeats)]
+        write_results("diagonal_bandwidth", rows, arguments.outdir)
 
 
 def recurrences() -> dict[str, tuple[Callable, tuple[jax.Array, ...], tuple[str, ...]]]:
@@ -97,6 +107,42 @@ def measure(
         "over_reference": taken / seconds["reference"], "compile_seconds": compile_seconds[each],
         "temporary_mib": compiled[each].memory_analysis().temp_size_in_bytes / 2**20,
     } for each, taken in seconds.items()]
+
+
+def diagonal_bandwidth(
+    implementations: tuple[str, ...], shape: tuple[int, int, int], dtype: str, repeats: int
+) -> list[dict[str, Any]]:
+    """Times the diagonal recurrence, alone and with its gradient, beside passes that move the same bytes."""
+    rng = np.random.default_rng(0)
+    x, log_a, dy, y = (jnp.asarray(rng.standard_normal(shape, np.float32)).astype(dtype) for _ in range(4))
+    inputs = x, -jnp.abs(log_a), dy, y
+
+    def forward(implementation, x, log_a, *_):
+        return diagonal_recurrence(x, log_a=log_a, implementation=implementation)[0]
+
+    def with_gradient(implementation, x, log_a, dy, *_):
+        y, pull_back = jax.vjp(functools.partial(forward, implementation), x, log_a)
+        return y, pull_back(dy)
+
+    def add(x, log_a, *_):
+        return x + log_a
+
+    def add_to_each(*arrays):
+        return [array + 1 for array in arrays]
+
+    rows = []
+    # Arrays read and written: x, log_a and y; and for the gradient log_a, y, dy and two results.
+    for run, same_bytes, num_arrays in ((forward, add, 3), (with_gradient, add_to_each, 8)):
+        functions = {"copy": jax.jit(same_bytes)} | {
+            each: jax.jit(functools.partial(run, each)) for each in implementations}
+        seconds = interleaved_seconds(
+            {each: functools.partial(function, *inputs) for each, function in functions.items()},
+            repeats=repeats)
+        rows += [{
+            "dtype": dtype, "backward": run is with_gradient, "implementation": each, "milliseconds": 1e3 * taken,
+            "gb_per_second": num_arrays * x.nbytes / taken / 1e9, "over_copy": taken / seconds["copy"],
+        } for each, taken in seconds.items()]
+    return rows
 
 
 if __name__ == "__main__":

@@ -95,8 +95,8 @@ def _recur_fwd(settings, x, gate, state, marks):
 
 
 def _recur_bwd(settings, residuals, cotangents):
-    # dh_t gathers its own cotangent and conj(a_{t+1}) dh_{t+1}: the recurrence run backwards, from that of the last
-    # state. Then dx_t = dh_t, da_t = conj(h_{t-1}) dh_t, and d log a_t = a_t da_t.
+    # h_t feeds y_t and h_{t+1}, so its gradient is g_t = dy_t + conj(a_{t+1}) g_{t+1}: the recurrence backwards,
+    # from that of the last state. Then dx_t = g_t, da_t = conj(h_{t-1}) g_t, and d log a_t = a_t da_t.
     return *_run("backward", settings, *residuals, *cotangents), None
 
 

@@ -1,9 +1,9 @@
 """The diagonal recurrence for NVIDIA GPUs, in Pallas's Triton: a warp per 32 to 128 channels walks the tokens.
 
-A warp keeps the state in registers, and asks for the next rows of tokens all at once before it uses any. Where rows
-of the batch and channels alone are too few to keep the memory busy, time is cut into chunks as well: a first
-kernel finds what each chunk makes of a state, the product of its decays and what it ends with when it begins with
-0; in the second, each chunk begins with what those before it make of the initial state. That reads inputs twice.
+A warp keeps the state in registers, and asks for the next rows of tokens all at once before it uses any. Where
+batch rows and channels alone are too few to keep the memory busy, time is cut into chunks as well: a first kernel
+finds what each chunk makes of a state, the product of its decays and what it ends with when it begins with 0; in
+the second, each chunk begins with what those before it make of the initial state. That reads inputs twice.
 """
 import functools
 from collections.abc import Callable
@@ -140,7 +140,7 @@ class _Place(NamedTuple):
 def _summaries(
     settings: Settings, plan: _Plan, x: Parts, gate: Parts, marks: jax.Array | None, *, is_gradient: bool
 ) -> tuple[Parts, Parts] | None:
-    """What each chunk makes of a state: [b, chunks, d], the product of its decays, and its end if it begins with 0."""
+    """What each chunk makes of a state: the product of its decays, and its end from 0; both [b, chunks, d]."""
     if plan.num_chunks == 1:
         return None
     shape = (plan.batch, plan.num_chunks, plan.width)
