@@ -96,8 +96,8 @@ def compile_triton_for_h200(function: Callable, *shapes: Any) -> dict[str, Kerne
             kernels = re.findall(r"\.entry (diagonal\w+)", text)  # others are fusions of XLA's
             if kernels:
                 (name,) = kernels
-                assembled = subprocess.run(
-                    [_ptxas(), "-arch=sm_90a", "-v", "-o", os.devnull, path], capture_output=True, text=True, check=True)
+                assembled = subprocess.run([_ptxas(), "-arch=sm_90a", "-v", "-o", os.devnull, path],
+                                           capture_output=True, text=True, check=True)
                 reports[name] = _report(text, assembled.stderr, shared_memory_bytes=0)
         return reports
 

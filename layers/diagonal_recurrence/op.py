@@ -45,7 +45,8 @@ def diagonal_recurrence(
       implementation: "reference" is a scan, one step per token, which a CPU runs fastest; "associative" a parallel
         scan; "pallas_tpu" and "pallas_gpu" (NVIDIA's) are kernels, which read and write each element once; "auto"
         is "reference" for a single token and in programs for a CPU, else the kernel of the platform, and
-        "associative" where there is none or it lacks this case, which is logged once. Only "reference" and
+        "associative" where there is none, it lacks this case, or a mesh is in use, which is logged once: the compiler
+        cannot split kernels, so with arrays on several devices call this inside jax.shard_map. Only "reference" and
         "associative" have forward-mode and second derivatives.
       interpret: for the kernels, True or parameters of one of Pallas's interpreters: run on any machine, slowly.
     Raises:
@@ -116,7 +117,7 @@ def _run(direction: str, settings: Settings, h: Parts, gate: Parts, *others) -> 
         return functools.partial(getattr(MODULES[name], direction), settings)
 
     def problem(name):
-        return MODULES[name].unsupported(settings, h, gate)
+        return _spread_over() or MODULES[name].unsupported(settings, h, gate)
 
     if settings.implementation != "auto":
         reason = problem(settings.implementation)
@@ -131,6 +132,13 @@ def _run(direction: str, settings: Settings, h: Parts, gate: Parts, *others) -> 
         else:
             _log_once(f"diagonal_recurrence runs as associative on {platform}: {reason}")
     return jax.lax.platform_dependent(h, gate, *others, **ways, default=of("associative"))
+
+
+def _spread_over() -> str | None:
+    """Why a kernel cannot run under the mesh in use: the compiler splits none by itself; None if it need not."""
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = {name: size for name, size in mesh.shape.items() if size > 1 and name not in mesh.manual_axes}
+    return f"arrays may be spread over a mesh of {sizes}; call it inside jax.shard_map" if sizes else None
 
 
 @functools.cache

@@ -261,12 +261,15 @@ def test_kernels_refuse_what_they_lack_and_auto_runs_it_otherwise():
     x = np.ones((1, 4, 3), np.float16)
     with pytest.raises(NotImplementedError, match="x is float16; float32, bfloat16 and complex64 fit"):
         diagonal_recurrence(x, log_a=-x, implementation="pallas_tpu", interpret=True)
-    exported = jax.export.export(
-        jax.jit(lambda x: diagonal_recurrence(x, log_a=-x)[0]), platforms=["tpu"])(x)
-    assert "tpu_custom_call" not in exported.mlir_module()
-    exported = jax.export.export(
-        jax.jit(lambda x: diagonal_recurrence(x, log_a=-x)[0]), platforms=["tpu"])(x.astype(np.float32))
-    assert "tpu_custom_call" in exported.mlir_module()
+
+    def has_kernel(x):
+        traced = jax.jit(lambda x: diagonal_recurrence(x, log_a=-x)[0]).trace(x)
+        return "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
+
+    assert not has_kernel(x)
+    assert has_kernel(x.astype(np.float32))
+    with jax.set_mesh(jax.make_mesh((2,), ("data",), (jax.sharding.AxisType.Auto,))):
+        assert not has_kernel(x.astype(np.float32)), "the compiler cannot split one"
 
 
 @pytest.mark.parametrize("kind", ["head", "channel"])
