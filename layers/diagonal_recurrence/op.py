@@ -45,9 +45,9 @@ def diagonal_recurrence(
       implementation: "reference" is a scan, one step per token, which a CPU runs fastest; "associative" a parallel
         scan; "pallas_tpu" and "pallas_gpu" (NVIDIA's) are kernels, which read and write each element once; "auto"
         is "reference" for a single token and in programs for a CPU, else the kernel of the platform, and
-        "associative" where there is none, it lacks this case, or a mesh is in use, which is logged once: the compiler
-        cannot split kernels, so with arrays on several devices call this inside jax.shard_map. Only "reference" and
-        "associative" have forward-mode and second derivatives.
+        "associative" where there is none, it lacks this case, or a mesh is in use, which is logged once. The
+        compiler cannot split a kernel: with arrays on several devices call this inside jax.shard_map. Only
+        "reference" and "associative" have forward-mode and second derivatives.
       interpret: for the kernels, True or parameters of one of Pallas's interpreters: run on any machine, slowly.
     Raises:
       ValueError: both of a and log_a are given, or neither.

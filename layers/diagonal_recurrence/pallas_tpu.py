@@ -32,7 +32,7 @@ from layers.diagonal_recurrence.parts import (
 LANES = 128
 SUBLANES = 8            # rows of a register
 TILE = 2 * SUBLANES     # rows of bfloat16 in one: tokens of a step of the loop
-BLOCK_TOKENS, BLOCK_CHANNELS = 512, 512  # 1 MiB of float32; the most, two of each, are 10 in vector memory
+BLOCK_TOKENS, BLOCK_CHANNELS = 512, 512  # 1 MiB of float32; a gradient has five, twice, of 16 in vector memory
 
 
 def unsupported(settings: Settings, x: Parts, gate: Parts) -> str | None:
@@ -134,9 +134,9 @@ def _launch(
     """Runs a kernel on inputs by their names, on outputs, and on the state between blocks.
 
     Args:
-      inputs, outputs: Parts, or an array, with the spec of their blocks; an output is like the Parts given.
+      inputs, outputs: Parts, or marks, with the spec of their blocks; an output is like the Parts given. Rows
+        [b, d] are given to the kernel as [b, 1, d]: blocks may then be one row high.
     """
-
     arrays = {name: jax.tree.map(lambda x: x[:, None] if x.ndim == 2 else x, value)
               for name, (value, _) in inputs.items()}
     specs = {name: jax.tree.map(lambda _, spec=spec: spec, value) for name, (value, spec) in inputs.items()}
@@ -160,7 +160,7 @@ def _launch(
         + [pltpu.VMEM((blocks.block_t, LANES), jnp.int32)],
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
-            flops=20 * sum(x.size for x in leaves), transcendentals=settings.is_log * leaves[0].size,
+            flops=20 * sum(x.size for x in leaves), transcendentals=settings.is_log * arrays["gate"][0].size,
             bytes_accessed=sum(x.size * x.dtype.itemsize for x in [*leaves, *flat])),
         name=f"diagonal_recurrence{kernel.__name__.removesuffix('_kernel')}", interpret=settings.interpret,
     )(*leaves))
