@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Float, Inexact, Int, typed
+from layers.context_parallel import Summary, varying_like
 from layers.diagonal_recurrence import pallas_gpu, pallas_tpu, xla
 from layers.diagonal_recurrence.parts import FIRST, PADDING, REAL, Parts, Settings, joined, split
 from layers.diagonal_recurrence.reference import sequential
-from layers.segment_states import over_segments
+from layers.segment_states import Shards, over_segments
 
 DiagonalImplementation = Literal["auto", "reference", "associative", "pallas_tpu", "pallas_gpu"]
 MODULES = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
@@ -29,6 +30,7 @@ def diagonal_recurrence(
     segment_ids: Int[Array, "b t"] | None = None,
     reverse: bool = False,
     implementation: DiagonalImplementation = "auto",
+    axis_name: str | None = None,
     interpret: Any = False,
 ) -> tuple[Inexact[Array, "b t d"], Inexact[Array, "b d"] | Inexact[Array, "b n d"]]:
     """Runs h_t = a_t h_{t-1} + x_t over t; returns every h_t, in the dtype of x, and the last one.
@@ -48,6 +50,8 @@ def diagonal_recurrence(
         "associative" where there is none, it lacks this case, or a mesh is in use, which is logged once. The
         compiler cannot split a kernel: with arrays on several devices call this inside jax.shard_map. Only
         "reference" and "associative" have forward-mode and second derivatives.
+      axis_name: inside `jax.shard_map`, the axis of the mesh over which t is sharded, in order; see
+        `gated_linear_attention`.
       interpret: for the kernels, True or parameters of one of Pallas's interpreters: run on any machine, slowly.
     Raises:
       ValueError: both of a and log_a are given, or neither.
@@ -62,7 +66,7 @@ def diagonal_recurrence(
     if initial_state is None:
         initial_state = jnp.zeros((x.shape[0], x.shape[2]), dtype)
     implementation = "reference" if implementation == "auto" and x.shape[1] <= 1 else implementation
-    is_marked = segment_ids is not None or initial_state.ndim == 3
+    is_marked = segment_ids is not None or initial_state.ndim == 3 or axis_name is not None
     settings = Settings(a is None, reverse, implementation, interpret)
 
     def run(tokens, state, is_real, begins):
@@ -77,8 +81,17 @@ def diagonal_recurrence(
         h, last = joined(h), joined(last)
         return h if marks is None else jnp.where(is_real[..., None], h, 0), last
 
-    y, last = over_segments(run, (x.astype(dtype) if is_complex else x, gate), initial_state.astype(dtype),
-                            segment_ids, has_one_each=initial_state.ndim == 3, reverse=reverse, turns=False)
+    def summarize(tokens, is_real, begins):
+        _, gate = tokens
+        decay = jnp.exp(gate.astype(jnp.float32)) if a is None else gate
+        decay = jnp.where(begins[..., None], 0, jnp.where(is_real[..., None], decay, 1))
+        return Summary(jnp.prod(decay, axis=1), run(tokens, jnp.zeros_like(initial_state), is_real, begins)[1])
+
+    shards = None if axis_name is None else Shards(axis_name, summarize, jnp.multiply)
+    initial_state = varying_like(initial_state.astype(dtype), jnp.real(x))
+    y, last = over_segments(run, (x.astype(dtype) if is_complex else x, gate), initial_state,
+                            segment_ids, has_one_each=initial_state.ndim == 3, reverse=reverse, turns=False,
+                            shards=shards)
     return y.astype(y_dtype), last
 
 

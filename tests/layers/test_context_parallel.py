@@ -8,12 +8,12 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from layers import dplr_recurrence, gated_delta_rule, gated_linear_attention
+from layers import diagonal_recurrence, dplr_recurrence, gated_delta_rule, gated_linear_attention
 from tests.assertions import assert_matches
 from tests.inputs import Draw
 
 SHARDS, SHARD = 8, 4
-B, T, H, K, V = 2, SHARDS * SHARD, 2, 4, 6
+B, T, H, K, V, D = 2, SHARDS * SHARD, 2, 4, 6, 5
 MESH = jax.make_mesh((SHARDS,), ("time",), axis_types=(AxisType.Auto,))
 # Segments that begin at an edge, one token before and one after, and within; shards of padding; one of all.
 IDS = jnp.asarray([
@@ -28,9 +28,19 @@ def _inputs(*names):
     made = {
         "q": lambda: draw(B, T, 1, K), "k": lambda: unit(draw(B, T, 1, K)), "v": lambda: draw(B, T, H, V),
         "beta": lambda: 2 * draw.uniform(B, T, H), "of_head": lambda: -0.2 * jnp.abs(draw(B, T, H)),
+        "x": lambda: draw(B, T, D), "log_a": lambda: -jnp.abs(draw(B, T, D)),
+        "size": lambda: draw.uniform(B, T, D),
         "of_channel": lambda: -10 * draw.uniform(B, T, H, K) ** 8, "per_head": lambda: unit(draw(B, T, H, K)),
     }
     return [made[name]() for name in names]
+
+
+def _real_diagonal(x, log_a, **keywords):
+    return diagonal_recurrence(x, log_a=log_a, **keywords)
+
+
+def _complex_diagonal(x, y, size, angle, **keywords):
+    return diagonal_recurrence(jax.lax.complex(x, y), a=size * jnp.exp(1j * angle), **keywords)
 
 
 def _rwkv7(r, w, k, v, removed, rate, **keywords):
@@ -38,20 +48,24 @@ def _rwkv7(r, w, k, v, removed, rate, **keywords):
 
 
 FAMILIES = {
-    "linear attention": (gated_linear_attention, ("q", "k", "v", "of_channel"), H, V),
-    "delta rule": (gated_delta_rule, ("q", "k", "v", "beta", "of_head"), H, V),
-    "diagonal plus low rank": (_rwkv7, ("per_head", "of_channel", "per_head", "v", "per_head", "beta"), H, V),
+    "real diagonal": (_real_diagonal, ("x", "log_a"), (D,), "float32"),
+    "complex diagonal": (_complex_diagonal, ("x", "x", "size", "log_a"), (D,), "complex64"),
+    "linear attention": (gated_linear_attention, ("q", "k", "v", "of_channel"), (H, K, V), "float32"),
+    "delta rule": (gated_delta_rule, ("q", "k", "v", "beta", "of_head"), (H, K, V), "float32"),
+    "diagonal plus low rank": (
+        _rwkv7, ("per_head", "of_channel", "per_head", "v", "per_head", "beta"), (H, K, V), "float32"),
 }
 
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_time_may_be_sharded(family, reverse):
-    recur, names, *_ = FAMILIES[family]
-    inputs, initial = _inputs(*names), Draw(9)(B, H, K, V)
+    recur, names, shape, dtype = FAMILIES[family]
+    inputs, initial = _inputs(*names), Draw(9)(B, *shape).astype(dtype)
 
     def run(ids, initial, *inputs, axis_name=None):
-        return recur(*inputs, initial_state=initial, segment_ids=ids, reverse=reverse, axis_name=axis_name)
+        y, last = recur(*inputs, initial_state=initial, segment_ids=ids, reverse=reverse, axis_name=axis_name)
+        return jnp.real(y) + jnp.imag(y), jnp.real(last) + jnp.imag(last)
 
     over_time = P(None, "time")
     sharded = jax.shard_map(
