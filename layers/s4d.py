@@ -1,11 +1,15 @@
-"""S4D: one diagonal state space per channel, as a recurrence and as the kernel of a convolution."""
+"""S4D: one diagonal state space per channel, as a recurrence and as a convolution."""
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
 from layers.array_types import Array, Float, Inexact, Int, typed
-from layers.diagonal_recurrence import DiagonalImplementation, diagonal_recurrence
+from layers.diagonal_recurrence import diagonal_recurrence
 from layers.state_space import discretize
+
+S4DImplementation = Literal["auto", "reference", "associative", "convolution"]
 
 
 @typed
@@ -18,7 +22,7 @@ def s4d(
     *,
     initial_state: Inexact[Array, "b d n"] | None = None,
     segment_ids: Int[Array, "b t"] | None = None,
-    implementation: DiagonalImplementation = "auto",
+    implementation: S4DImplementation = "auto",
 ) -> tuple[Float[Array, "b t d"], Inexact[Array, "b d n"]]:
     """Runs h_t = exp(dt A) h_{t-1} + (exp(dt A) - 1) / A x_t, and returns y_t = 2 Re(c . h_t), and the last h.
 
@@ -28,18 +32,46 @@ def s4d(
     Args:
       c: complex weights of the states.
       initial_state: before the first token; None means zeros.
-      segment_ids, implementation: as of `diagonal_recurrence`.
+      segment_ids: 0 is padding, whose y is 0 and which leaves the state alone.
+      implementation: "reference" and "associative" as of `diagonal_recurrence`, with n complex numbers for each
+        number of x; "convolution" with the kernel by Fourier transforms, without them; "auto" is "convolution" for
+        more than one token without segment_ids, else what "auto" is there.
+    Raises:
+      NotImplementedError: "convolution" with segment_ids.
     """
-    a, gain = discretize(*_continuous(log_dt, log_a_real, a_imag))
-    num_states = a.shape[1]
-    written = rearrange(gain * x[..., None].astype(jnp.float32), "b t d n -> b t (d n)")
+    if implementation == "auto" and segment_ids is None and x.shape[1] > 1:
+        implementation = "convolution"
+    if initial_state is None:
+        initial_state = jnp.zeros((x.shape[0], *c.shape), jnp.complex64)
+    eigenvalues, dt = _continuous(log_dt, log_a_real, a_imag)
+    exact, c, initial_state = x.astype(jnp.float32), c.astype(jnp.complex64), initial_state.astype(jnp.complex64)
+    if implementation == "convolution":
+        if segment_ids is not None:
+            raise NotImplementedError("one kernel for rows of several segments: use another implementation")
+        y, last = _convolve(exact, eigenvalues, dt, c, initial_state)
+        return y.astype(x.dtype), last
+    a, gain = discretize(eigenvalues, dt)
+    written = rearrange(gain * exact[..., None], "b t d n -> b t (d n)")
     h, last = diagonal_recurrence(
         written, a=jnp.broadcast_to(a.reshape(-1), written.shape),
-        initial_state=None if initial_state is None else rearrange(initial_state, "b d n -> b (d n)"),
-        segment_ids=segment_ids, implementation=implementation)
-    h = rearrange(h, "b t (d n) -> b t d n", n=num_states)
-    y = 2 * jnp.real(jnp.sum(c.astype(jnp.complex64) * h, axis=-1))
-    return y.astype(x.dtype), rearrange(last, "b (d n) -> b d n", n=num_states)
+        initial_state=rearrange(initial_state, "b d n -> b (d n)"), segment_ids=segment_ids,
+        implementation=implementation)
+    h = rearrange(h, "b t (d n) -> b t d n", n=c.shape[1])
+    y = 2 * jnp.real(jnp.sum(c * h, axis=-1))
+    return y.astype(x.dtype), rearrange(last, "b (d n) -> b d n", n=c.shape[1])
+
+
+def _convolve(x, eigenvalues, dt, c, initial_state):
+    """y and the last state, by what each token and the initial state add to them."""
+    length, gain = x.shape[1], discretize(eigenvalues, dt)[1]
+    powers = _powers(eigenvalues, dt, length + 1)  # [d, n, t + 1]
+    kernel = 2 * jnp.real(_dot("dn,dnt->td", c * gain, powers[..., :-1]))
+    padded = 2 * length  # lest the end of the convolution wrap round to its start
+    spectrum = jnp.fft.rfft(x, padded, axis=1) * jnp.fft.rfft(kernel, padded, axis=0)
+    y = jnp.fft.irfft(spectrum, padded, axis=1)[:, :length]
+    y = y + 2 * jnp.real(_dot("bdn,dnt->btd", c * initial_state, powers[..., 1:]))
+    last = powers[..., -1] * initial_state + gain * _dot("dnt,btd->bdn", jnp.flip(powers[..., :-1], axis=-1), x)
+    return y, last
 
 
 @typed
@@ -52,12 +84,20 @@ def s4d_kernel(
 ) -> Float[Array, "d t"]:
     """What `s4d` answers to a 1 followed by zeros, so that y is the causal convolution of x with it; float32."""
     eigenvalues, dt = _continuous(log_dt, log_a_real, a_imag)
-    # Not products of exp(dt A): what one is rounded by would grow with the length.
-    powers = jnp.exp((eigenvalues * dt)[..., None] * jnp.arange(length, dtype=jnp.float32))  # [d, n, t]
     weights = c.astype(jnp.complex64) * discretize(eigenvalues, dt)[1]
-    return 2 * jnp.real(jnp.einsum("dn,dnt->dt", weights, powers, precision=jax.lax.Precision.HIGHEST))
+    return 2 * jnp.real(_dot("dn,dnt->dt", weights, _powers(eigenvalues, dt, length)))
 
 
 def _continuous(log_dt, log_a_real, a_imag):
-    exact = [z.astype(jnp.float32) for z in (log_dt, log_a_real, a_imag)]
-    return jax.lax.complex(-jnp.exp(exact[1]), exact[2]), jnp.exp(exact[0])[:, None]
+    """Eigenvalues [d, n] complex64, and dt [d, 1]."""
+    log_dt, log_a_real, a_imag = (z.astype(jnp.float32) for z in (log_dt, log_a_real, a_imag))
+    return jax.lax.complex(-jnp.exp(log_a_real), a_imag), jnp.exp(log_dt)[:, None]
+
+
+def _powers(eigenvalues, dt, length):
+    """[d, n, t], exp(dt A t): not products of exp(dt A), for what that is rounded by would grow with t."""
+    return jnp.exp((eigenvalues * dt)[..., None] * jnp.arange(length, dtype=jnp.float32))
+
+
+def _dot(axes: str, *arrays: jax.Array) -> jax.Array:
+    return jnp.einsum(axes, *arrays, precision=jax.lax.Precision.HIGHEST)

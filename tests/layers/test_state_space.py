@@ -1,11 +1,13 @@
 """S4D and S5 against the official vectors: kernel, recurrence, both directions, first spectrum."""
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from layers import S5, discretize, hippo_legs, s4d, s4d_kernel, s5
-from tests.assertions import assert_golden
+from tests.assertions import assert_golden, assert_matches
 from tests.carried_state import HALF, assert_state_is_carried
 from tests.golden_cases import assert_golden_case, golden_case
 from tests.inputs import Draw
@@ -29,6 +31,17 @@ def test_s4d_and_its_kernel_are_those_of_the_official_vectors():
     data = golden_case("rec_s4d", "c0")
     data["dkernel"] = np.zeros_like(data["kernel"])
     assert_golden_case(run, data, "u C log_dt log_A_real A_imag", "o kernel", limit=POWERS_LIMIT)
+
+
+def test_the_convolution_of_s4d_is_its_recurrence_with_states_in_and_out():
+    draw = Draw(3)
+    x, initial = draw(2, 19, 4), jax.lax.complex(draw(2, 4, 3), draw(2, 4, 3))
+    params = (draw(4) - 2, draw(4, 3) - 1, 3 * draw(4, 3), jax.lax.complex(draw(4, 3), draw(4, 3)))
+    run = jax.jit(partial(s4d, initial_state=initial), static_argnames="implementation")
+    expected = run(x, *params, implementation="reference")
+    assert_matches(run(x, *params, implementation="convolution"), expected, dtype="float32", scale=2)
+    with pytest.raises(NotImplementedError, match="one kernel for rows of several segments"):
+        run(x, *params, implementation="convolution", segment_ids=jnp.ones((2, 19), jnp.int32))
 
 
 @pytest.mark.parametrize("case", ["c1", "c2"])
