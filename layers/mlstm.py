@@ -108,6 +108,8 @@ class MLSTM(nn.Module):
       expand: inner width over model width.
       head_width: v; inner width / head_width heads.
       gate_cap: input and forget gate are kept between -gate_cap and gate_cap, before their activations.
+      input_gate_bias: at the start. At -10 a memory takes hundreds of tokens to be heard over the floor of its
+        normaliser, exp(-m); short sequences may want 0.
       init_std, out_init_std: standard deviations of the input and output projections at the start.
     """
 
@@ -116,6 +118,7 @@ class MLSTM(nn.Module):
     head_width: int = 64
     gate_cap: float = 15.0
     input_activation: InputActivation = "exp"
+    input_gate_bias: float = -10.0
     init_std: float = 0.02
     out_init_std: float = 0.02
     implementation: MatrixImplementation = "auto"
@@ -149,8 +152,8 @@ class MLSTM(nn.Module):
         q = project((num_heads, self.state_size), "q_proj", "heads", None)
         k = project((num_heads, self.state_size), "k_proj", "heads", None)
         v = project(per_head, "v_proj", "heads", None)
-        # At the start a memory fills slowly, and keeps for times that differ from head to head.
-        input_gate = gate("input_gate", nn.initializers.constant(-10.0))
+        input_gate = gate("input_gate", nn.initializers.constant(self.input_gate_bias))
+        # Memories that last for times that differ from head to head.
         forget_gate = gate("forget_gate", lambda *_: jnp.linspace(3.0, 6.0, num_heads))
         h, memory = mlstm(
             q, k, v, input_gate, forget_gate, input_activation=self.input_activation, initial_state=initial_state,

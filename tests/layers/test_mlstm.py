@@ -78,7 +78,8 @@ def test_gates_beyond_the_range_of_an_exponential_leave_outputs_and_gradients_fi
 
 
 def test_the_layer_carries_its_memory_and_segments_and_padding_keep_apart():
-    layer, x = MLSTM(state_size=3, expand=2, head_width=5, init_std=0.5, out_init_std=0.5), Draw(0)(2, 2 * HALF, 5)
+    layer = MLSTM(state_size=3, expand=2, head_width=5, input_gate_bias=0.0, init_std=0.5, out_init_std=0.5)
+    x = Draw(0)(2, 2 * HALF, 5)
     params = jax.jit(layer.init)(jax.random.key(0), x)
 
     def run(x, segment_ids, memory):
