@@ -6,10 +6,10 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from layers.array_types import Array, Float, Inexact, Int, typed
-from layers.diagonal_recurrence import diagonal_recurrence
+from layers.diagonal_recurrence import DiagonalImplementation, diagonal_recurrence
 from layers.state_space import discretize
 
-S4DImplementation = Literal["auto", "reference", "associative", "convolution"]
+S4DImplementation = DiagonalImplementation | Literal["convolution"]
 
 
 @typed
@@ -33,9 +33,9 @@ def s4d(
       c: complex weights of the states.
       initial_state: before the first token; None means zeros.
       segment_ids: 0 is padding, whose y is 0 and which leaves the state alone.
-      implementation: "reference" and "associative" as of `diagonal_recurrence`, with n complex numbers for each
-        number of x; "convolution" with the kernel by Fourier transforms, without them; "auto" is "convolution" for
-        more than one token without segment_ids, else what "auto" is there.
+      implementation: as of `diagonal_recurrence`, with n complex numbers for each number of x; or "convolution"
+        with the kernel, by Fourier transforms, without them. "auto" is "convolution" for more than one token
+        without segment_ids, else what "auto" is there.
     Raises:
       NotImplementedError: "convolution" with segment_ids.
     """
