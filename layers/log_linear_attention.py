@@ -20,10 +20,10 @@ import numpy as np
 from einops import rearrange
 
 from layers.array_types import Array, Float, Int, typed
+from layers.matrix_recurrence.decays import NOTHING_LEFT
 from layers.segments import segment_ordinals, segment_positions, segment_starts
 
 LogLinearImplementation = Literal["auto", "reference", "ladder"]
-NOTHING_LEFT = -1e30  # log of a decay to 0, whose sums stay finite
 CHUNK_SIZE = 32       # tokens, a power of 2
 
 

@@ -15,7 +15,7 @@ from tests.inputs import Draw
 SHARDS, SHARD = 8, 4
 B, T, H, K, V, D = 2, SHARDS * SHARD, 2, 4, 6, 5
 MESH = jax.make_mesh((SHARDS,), ("time",), axis_types=(AxisType.Auto,))
-# Segments that begin at an edge, one token before and one after, and within; shards of padding, within and at the end.
+# Segments begin at an edge, one token before and one after, and within; shards of padding are within and last.
 IDS = jnp.asarray([
     [0] * 2 + [1] * 5 + [2] * 1 + [3] * 5 + [4] * 2 + [5] * 5 + [0] * 9 + [6] * 3,
     [7] * 20 + [0] * 12,
