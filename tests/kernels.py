@@ -158,11 +158,9 @@ def _diagonal(platform: str, small: DiagonalCase, large: DiagonalCase, **keyword
 
 KERNELS |= {
     "diagonal_recurrence": _diagonal("tpu", DiagonalCase(1, 128, 128), DiagonalCase(2, 4096, 1024, "bfloat16")),
-    "diagonal_recurrence reversed, with documents and a tail": _diagonal(
-        "tpu", DiagonalCase(1, 20, 5, reverse=True, segments=True),
-        DiagonalCase(2, 1000, 600, "float32", reverse=True, segments=True)),
-    "diagonal_recurrence complex": _diagonal(
-        "tpu", DiagonalCase(1, 8, 5, "complex64"), DiagonalCase(2, 4096, 1024, "complex64")),
+    "diagonal_recurrence complex, reversed, with documents and a tail": _diagonal(
+        "tpu", DiagonalCase(1, 20, 5, "complex64", reverse=True, segments=True),
+        DiagonalCase(2, 1000, 600, "complex64", reverse=True, segments=True)),
     "diagonal_recurrence in Triton": _diagonal(
         "triton", DiagonalCase(1, 8, 5), DiagonalCase(8, 4096, 2048, "bfloat16")),
     "diagonal_recurrence in Triton, reversed, with documents, in chunks": _diagonal(
