@@ -3,6 +3,7 @@
 What the delta rule writes depends on what it reads: inside a chunk that is a triangular system (the WY form,
 arXiv 2406.06484; with two matrices, arXiv 2503.14456).
 """
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -34,13 +35,15 @@ def chunkwise(tokens: Tokens, state: jax.Array, settings: Settings) -> tuple[jax
     return o.reshape(o.shape[0], -1, *o.shape[3:])[:, :length], state
 
 
-def one_chunk(settings: Settings, state: jax.Array, chunk: Tokens) -> tuple[jax.Array, jax.Array]:
+def one_chunk(
+    settings: Settings, state: jax.Array, chunk: Tokens, decays_of: Callable[..., Decays] = Decays.of
+) -> tuple[jax.Array, jax.Array]:
     """Advances the state [..., k, v] over one chunk of tokens [..., c, width]; returns it and o [..., c, v]."""
     q, k, v, log_decay, a, b = (None if x is None else x.astype(jnp.float32) for x in chunk)
-    decays = Decays.of(log_decay, before=settings.reads_before)
+    decays = decays_of(log_decay, before=settings.reads_before)
     keys, values = [k], [v]
     if b is not None:
-        before = Decays.of(log_decay, before=True)
+        before = decays_of(log_decay, before=True)
         found = before.read(a, state) + exact_matmul(before.pairs(a, k), v)
         keys.append(b)
         values.append(exact_matmul(unit_lower_inverse(-before.pairs(a, b)), found))

@@ -55,10 +55,10 @@ class Decays(NamedTuple):
         size = reader.shape[-2]
         itself, in_block = np.eye(size, dtype=np.float32) * own, _blocks(size).pairs
         if self.to_end.shape[-1] == 1:
-            left = jnp.sum(jnp.where(in_block, self.parts * _transposed(self.parts), 0), axis=-3)
-            return exact_matmul(reader, _transposed(writer)) * (left + itself)
+            left = jnp.sum(jnp.where(in_block, self.parts * transposed(self.parts), 0), axis=-3)
+            return exact_matmul(reader, transposed(writer)) * (left + itself)
         reader_parts, writer_parts = (self.parts * x[..., None, :, :] for x in (reader, writer))
-        blocks = exact_matmul(reader_parts, _transposed(writer_parts))
+        blocks = exact_matmul(reader_parts, transposed(writer_parts))
         itself = itself * jnp.sum(reader * writer, axis=-1, keepdims=True)
         return jnp.sum(jnp.where(in_block, blocks, 0), axis=-3) + itself
 
@@ -70,13 +70,13 @@ class Decays(NamedTuple):
 
     def kept(self, state: jax.Array) -> jax.Array:
         """[..., k, v]: what is left of the state after the chunk."""
-        return _transposed(self.whole) * state
+        return transposed(self.whole) * state
 
     def written(self, key: jax.Array, value: jax.Array) -> jax.Array:
         """[..., k, v]: what is left after the chunk of its keys [..., c, k] and their values [..., c, v]."""
         if self.to_end.shape[-1] == 1:
-            return exact_matmul(_transposed(key), self.to_end * value)
-        return exact_matmul(_transposed(self.to_end * key), value)
+            return exact_matmul(transposed(key), self.to_end * value)
+        return exact_matmul(transposed(self.to_end * key), value)
 
 
 class _Blocks(NamedTuple):
@@ -91,13 +91,24 @@ def _blocks(size: int, before: bool = False) -> _Blocks:
     sums, pairs = [to_reader, other > token], []
     block = 1
     while block < size:
-        border = token // (2 * block) * 2 * block + block
-        reads = token >= border
-        sums.append(np.where(reads, (other >= border) & to_reader, (other > token) & (other < border)))
-        pairs.append(reads & (other < border) & (other >= border - block))
+        for masks, mask in zip((sums, pairs), of_blocks(block, token, other, to_reader), strict=True):
+            masks.append(mask)
         block *= 2
     return _Blocks(np.concatenate(sums).astype(np.float32), np.array(pairs, bool).reshape(-1, size, size))
 
 
-def _transposed(x: jax.Array) -> jax.Array:
+def of_blocks(block: int, token, other, to_reader):
+    """Of blocks of `block` tokens: whose log decays a token adds up, and which readers and writers they have.
+
+    Args:
+      token, other: numbers of tokens, along the first and along the second axis; a power of two in a block.
+      to_reader: which others decay what a token reads, of all before it.
+    """
+    border = (token & -2 * block) + block
+    reads = token >= border
+    sums = (reads & (other >= border) & to_reader) | (~reads & (other > token) & (other < border))
+    return sums, reads & (other < border) & (other >= border - block)
+
+
+def transposed(x: jax.Array) -> jax.Array:
     return jnp.swapaxes(x, -1, -2)

@@ -1,5 +1,5 @@
 """What a step of a matrix recurrence reads and writes, and how."""
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -25,3 +25,4 @@ class Settings(NamedTuple):
     scale: float = 1.0             # of o
     reads_before: bool = False     # o_t reads S_{t-1}, before it decays
     chunk_size: int | None = None  # tokens per step of the form by chunks; None = as many as suit a CPU
+    interpret: Any = False         # of a kernel: False, True, or the parameters of one of Pallas's interpreters

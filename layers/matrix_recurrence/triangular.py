@@ -1,7 +1,6 @@
 """The inverse of a unit lower triangle, on which the delta rule and its kin rest inside a chunk."""
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from layers.matrix_recurrence.decays import exact_matmul
 
@@ -13,12 +12,12 @@ def unit_lower_inverse(strictly_lower: jax.Array) -> jax.Array:
     Products of the off-diagonal blocks alone, no powers of A: those of similar keys grow without bound.
     """
     length = strictly_lower.shape[-1]
-    i, j = np.ogrid[:length, :length]
-    inverse = np.eye(length, dtype=np.float32)
+    i, j = (jax.lax.broadcasted_iota(jnp.int32, (length, length), axis) for axis in (0, 1))
+    inverse = (i == j).astype(jnp.float32)
     size = 1
     while size < length:
         # Within blocks of twice the size, the part below the two whose inverses are there.
-        below = (i // (2 * size) == j // (2 * size)) & (i // size > j // size)
+        below = (i & -2 * size == j & -2 * size) & (i & -size > j & -size)
         off_diagonal = jnp.where(below, strictly_lower, 0)
         if size > 1:
             off_diagonal = exact_matmul(exact_matmul(inverse, off_diagonal), inverse)
