@@ -1,4 +1,6 @@
 """A matrix state with a transition of diagonal plus low rank: RWKV-7."""
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -21,6 +23,7 @@ def dplr_recurrence(
     scale: float = 1.0,
     implementation: MatrixImplementation = "auto",
     axis_name: str | None = None,
+    interpret: Any = False,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"] | Float[Array, "b n h k v"]]:
     """Runs S_t = diag(exp w_t) S_{t-1} + b_t (a_t^T S_{t-1}) + k_t v_t^T; returns o_t = scale S_t^T r_t, and S.
 
@@ -28,8 +31,8 @@ def dplr_recurrence(
 
     Args:
       w: natural log of the decay, <= 0.
-      initial_state, segment_ids, reverse, implementation, axis_name: as of `gated_linear_attention`.
+      initial_state, segment_ids, reverse, implementation, axis_name, interpret: as of `gated_linear_attention`.
     """
     tokens = jax.tree.map(lambda x: x[:, :, :, None], Tokens(r, k, v, w.astype(jnp.float32), a, b))
     return matrix_recurrence(tokens, initial_state, segment_ids, implementation, scale=scale, reverse=reverse,
-                             axis_name=axis_name)
+                             axis_name=axis_name, interpret=interpret)

@@ -1,4 +1,6 @@
 """The delta rule with a decaying matrix state: DeltaNet, Gated DeltaNet, KDA, Comba, gated DeltaProduct, GDN-2."""
+from typing import Any
+
 import jax.numpy as jnp
 
 from layers.array_types import Array, Float, Int, typed
@@ -29,6 +31,7 @@ def gated_delta_rule(
     scale: float | None = None,
     implementation: MatrixImplementation = "auto",
     axis_name: str | None = None,
+    interpret: Any = False,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"] | Float[Array, "b n h k v"]]:
     """Decays the state, then replaces what it answers to a key: S_t = S' + k_t (beta_t (v_t - S'^T k_t))^T.
 
@@ -43,7 +46,8 @@ def gated_delta_rule(
       log_decay: natural log of the decay, <= 0; None decays nothing.
       read_key: the answer that is subtracted is that to this key, not to k (Comba, arXiv 2506.02475).
       erase, write: gates of the subtracted key and of the value, per channel, each in the place of beta (GDN-2).
-      initial_state, segment_ids, reverse, scale, implementation, axis_name: as of `gated_linear_attention`.
+      initial_state, segment_ids, reverse, scale, implementation, axis_name, interpret: as of
+        `gated_linear_attention`.
     Raises:
       ValueError: heads or the shape of log_decay do not fit those of v, or beta is given beside erase and write.
     """
@@ -59,7 +63,8 @@ def gated_delta_rule(
         decay_per_head(log_decay, v, groups), a=per_head(erase, groups) * answered)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     o, state = matrix_recurrence(
-        tokens, initial_state, segment_ids, implementation, scale=scale, reverse=reverse, axis_name=axis_name)
+        tokens, initial_state, segment_ids, implementation, scale=scale, reverse=reverse, axis_name=axis_name,
+        interpret=interpret)
     return o.astype(v.dtype), state
 
 
@@ -76,6 +81,7 @@ def gated_delta_product(
     scale: float | None = None,
     implementation: MatrixImplementation = "auto",
     axis_name: str | None = None,
+    interpret: Any = False,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"] | Float[Array, "b n h k v"]]:
     """One decay, then r steps of the delta rule for each token (arXiv 2502.10297); read after the last.
 
@@ -93,5 +99,5 @@ def gated_delta_product(
     segments = None if segment_ids is None else jnp.repeat(segment_ids, steps, axis=1)
     o, state = gated_delta_rule(
         queries, flat(k), flat(v), flat(beta), flat(decay), initial_state=initial_state, segment_ids=segments,
-        scale=scale, implementation=implementation, axis_name=axis_name)
+        scale=scale, implementation=implementation, axis_name=axis_name, interpret=interpret)
     return o[:, steps - 1 :: steps], state

@@ -1,4 +1,6 @@
 """Linear attention with a decaying matrix state: RetNet, Mamba-2's SSD, simple GLA, GLA, HGRN2, RWKV-6."""
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -27,6 +29,7 @@ def gated_linear_attention(
     implementation: MatrixImplementation = "auto",
     axis_name: str | None = None,
     chunk_size: int | None = None,
+    interpret: Any = False,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"] | Float[Array, "b n h k v"]]:
     """Runs S_t = diag(exp log_decay_t) S_{t-1} + k_t v_t^T and returns o_t = scale S_t^T q_t, and the last state.
 
@@ -42,23 +45,28 @@ def gated_linear_attention(
       reverse: run from the last token to the first.
       scale: of q; None means 1 / sqrt(k).
       implementation: "reference" runs token by token; "chunkwise" is for training, with the memory of one state
-        per chunk; "auto" is "chunkwise" where it is differentiated, which is then not possible in forward mode,
-        and on accelerators; else "reference", which a CPU runs faster.
+        per chunk; "pallas_tpu" and "pallas_gpu" (NVIDIA's) are kernels, whose states stay on the chip; "auto" is
+        the kernel of the platform, and "chunkwise" where there is none, it lacks this case, or a mesh is in use,
+        which is logged once. The compiler cannot split a kernel: with arrays on several devices call this inside
+        jax.shard_map. On a CPU "auto" is "reference", which is faster there, unless it is differentiated. Only
+        "reference" and "chunkwise" have forward-mode and second derivatives.
       axis_name: inside `jax.shard_map`, the axis of the mesh over which t is sharded, in order: each shard then
         runs from the state that the shards before it leave. The initial state is that before the first shard, and
         the last state that after the last, both on all shards.
       chunk_size: tokens per step of "chunkwise": it changes speed, not results. None means 32, or 16 with a decay
         per key channel.
+      interpret: for the kernels, True or parameters of one of Pallas's interpreters: run on any machine, slowly.
     Raises:
       ValueError: heads do not fit those of v, chunk_size < 1, or, under `jax.debug_nans`, log_decay > 0.
-      NotImplementedError: a state for each segment of rows that are sharded.
+      NotImplementedError: a state for each segment of rows that are sharded; or the implementation asked for lacks
+        this case, and the message says why.
     """
     groups = k.shape[2]
     tokens = Tokens(per_group(q, v, "q"), per_group(k, v, "k"), per_head(v, groups),
                     decay_per_head(log_decay, v, groups))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return matrix_recurrence(tokens, initial_state, segment_ids, implementation, scale=scale, reverse=reverse,
-                             chunk_size=chunk_size, axis_name=axis_name)
+                             chunk_size=chunk_size, axis_name=axis_name, interpret=interpret)
 
 
 @typed
@@ -75,6 +83,7 @@ def rwkv6_recurrence(
     scale: float | None = None,
     implementation: MatrixImplementation = "auto",
     axis_name: str | None = None,
+    interpret: Any = False,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"] | Float[Array, "b n h k v"]]:
     """Reads o_t = scale (S_{t-1} + diag(bonus) k_t v_t^T)^T q_t; then S_t = diag(exp g_t) S_{t-1} + k_t v_t^T.
 
@@ -85,7 +94,7 @@ def rwkv6_recurrence(
     tokens = jax.tree.map(lambda x: x[:, :, :, None], Tokens(q, k, exact_v, log_decay.astype(jnp.float32)))
     o, state = matrix_recurrence(
         tokens, initial_state, segment_ids, implementation, scale=scale, reverse=reverse, reads_before=True,
-        axis_name=axis_name)
+        axis_name=axis_name, interpret=interpret)
     own = jnp.sum(scale * exact_q * bonus.astype(jnp.float32) * exact_k, axis=-1, keepdims=True) * exact_v
     if segment_ids is not None:
         own = jnp.where((segment_ids != 0)[..., None, None], own, 0)

@@ -1,4 +1,6 @@
 """State-space duality (SSD), the recurrence of Mamba-2, under the names of its paper."""
+from typing import Any
+
 from layers.array_types import Array, Float, Int, typed
 from layers.gated_linear_attention import gated_linear_attention
 from layers.matrix_recurrence import MatrixImplementation
@@ -15,6 +17,7 @@ def ssd_scan(
     segment_ids: Int[Array, "b t"] | None = None,
     implementation: MatrixImplementation = "auto",
     chunk_size: int = 64,
+    interpret: Any = False,
 ) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"]]:
     """Runs S_t = exp(log_decay_t) S_{t-1} + b_t x_t^T; returns every y_t = S_t^T c_t, in the dtype of x, and S.
 
@@ -24,10 +27,10 @@ def ssd_scan(
     Args:
       log_decay: natural log of the decay, <= 0.
       b, c: keys and queries; head i uses group i // (h / g).
-      initial_state, segment_ids, implementation, chunk_size: as of `gated_linear_attention`.
+      initial_state, segment_ids, implementation, chunk_size, interpret: as of `gated_linear_attention`.
     Raises:
       ValueError: the heads are not a multiple of the groups, or chunk_size < 1.
     """
     return gated_linear_attention(
         c, b, x, log_decay, initial_state=initial_state, segment_ids=segment_ids, scale=1.0,
-        implementation=implementation, chunk_size=chunk_size)
+        implementation=implementation, chunk_size=chunk_size, interpret=interpret)

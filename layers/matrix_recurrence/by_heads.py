@@ -28,7 +28,7 @@ def token_first(x: jax.Array, length: int) -> jax.Array:
 
 
 def gradients_of(arrays: Tokens, num_heads: int) -> Tokens:
-    """What a kernel returns for what it read: a gradient for each head, float32 where heads share and it is summed."""
+    """What a kernel returns for what it read: gradients for each head, float32 where heads share and add them."""
     def of(x):
         is_shared = x.shape[2] < num_heads
         return like(x, (*x.shape[:2], num_heads, *x.shape[3:]), jnp.float32 if is_shared else x.dtype)

@@ -13,27 +13,31 @@ inert: it decays by nothing, writes nothing, and reads 0. What else segments mea
 """
 import functools
 import logging
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from layers.context_parallel import Summary, varying_like
+from layers.matrix_recurrence import pallas_tpu
 from layers.matrix_recurrence.chunkwise import chunkwise
 from layers.matrix_recurrence.decays import NOTHING_LEFT, exact_matmul
 from layers.matrix_recurrence.reference import sequential
 from layers.matrix_recurrence.tokens import Settings, Tokens
 from layers.segment_states import Shards, over_segments
 
-MatrixImplementation = Literal["auto", "reference", "chunkwise"]
-
+MatrixImplementation = Literal["auto", "reference", "chunkwise", "pallas_tpu", "pallas_gpu"]
+MODULES = {"pallas_tpu": pallas_tpu}
+KERNELS = {"tpu": "pallas_tpu"}  # what "auto" runs on a platform, if it can
+FORMS = {"reference": sequential, "chunkwise": chunkwise}
 logger = logging.getLogger(__name__)
 
 
 def matrix_recurrence(
     tokens: Tokens, initial_state: jax.Array | None, segment_ids: jax.Array | None,
     implementation: MatrixImplementation, *, scale: float = 1.0, reverse: bool = False, reads_before: bool = False,
-    chunk_size: int | None = None, axis_name: str | None = None,
+    chunk_size: int | None = None, axis_name: str | None = None, interpret: Any = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns every scale * o_t [b, t, h, v], in v's dtype, and the last state.
 
@@ -49,6 +53,7 @@ def matrix_recurrence(
       chunk_size: tokens per step of "chunkwise", which changes its speed; None means as many as a CPU likes.
       axis_name: inside `jax.shard_map`, the axis of the mesh over which t is sharded, in order. The initial state
         is that of the first shard, and the last state that of the last, on all of them.
+      interpret: for the kernels, True or parameters of one of Pallas's interpreters: run on any machine, slowly.
     """
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size {chunk_size} must be at least 1")
@@ -57,13 +62,14 @@ def matrix_recurrence(
     heads = groups * in_group
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, tokens.k.shape[-1], tokens.v.shape[-1]), jnp.float32)
-    run = functools.partial(_run, implementation, Settings(scale, reads_before, chunk_size))
+    settings = Settings(scale, reads_before, chunk_size, interpret)
+    run = functools.partial(_run, implementation, settings)
     grouped = initial_state.reshape(
         *initial_state.shape[:-3], groups, in_group, *initial_state.shape[-2:]).astype(jnp.float32)
     grouped = varying_like(grouped, tokens.v)
     shards = None
     if axis_name is not None:
-        shards = Shards(axis_name, functools.partial(_summary, implementation), _apply)
+        shards = Shards(axis_name, functools.partial(_summary, implementation, interpret), _apply)
     o, last = over_segments(
         run, tokens, grouped, segment_ids, has_one_each=initial_state.ndim == 5, reverse=reverse, shards=shards)
     return o.reshape(batch, length, heads, -1), last.reshape(initial_state.shape)
@@ -74,10 +80,16 @@ def _run(
     begins: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     inert = _inert(settings.reads_before, tokens, is_real, begins)
-    if implementation == "auto" and tokens.v.shape[1] > 1:
-        _log_once("matrix recurrences run by chunks where they are differentiated, and else on a CPU by tokens")
-        return _auto(settings, inert, state)
-    return (chunkwise if implementation == "chunkwise" else sequential)(inert, state, settings)
+    if implementation in FORMS:
+        return FORMS[implementation](inert, state, settings)
+    if implementation != "auto":
+        reason = _problem(implementation, inert)
+        if reason is not None:
+            raise NotImplementedError(f'implementation="{implementation}": {reason}')
+        return _kernel(implementation, settings, inert, state)
+    _log_once("matrix recurrences run as the kernel of a TPU or GPU; else by chunks where differentiated, and "
+              "by tokens where not")
+    return _auto(settings, inert, state) if tokens.v.shape[1] > 1 else sequential(inert, state, settings)
 
 
 def _inert(reads_before: bool, tokens: Tokens, is_real: jax.Array, begins: jax.Array | None) -> Tokens:
@@ -95,21 +107,23 @@ def _inert(reads_before: bool, tokens: Tokens, is_real: jax.Array, begins: jax.A
 
 
 def _summary(
-    implementation: MatrixImplementation, tokens: Tokens, is_real: jax.Array, begins: jax.Array | None
+    implementation: MatrixImplementation, interpret: Any, tokens: Tokens, is_real: jax.Array,
+    begins: jax.Array | None,
 ) -> Summary:
     """Of a shard: the state is only decayed, or multiplied by a matrix [k, k]."""
+    run = functools.partial(_run, implementation, Settings(interpret=interpret))
     batch, _, groups, in_group, value_width = tokens.v.shape
     key_width = tokens.k.shape[-1]
     own = varying_like(jnp.zeros((batch, groups, in_group, key_width, value_width), jnp.float32), tokens.v)
     if tokens.a is None:
         log_decay = _inert(False, tokens, is_real, begins).log_decay
         transition = jnp.exp(jnp.sum(log_decay, axis=1))[..., None]
-        return Summary(transition, _run(implementation, Settings(), tokens, own, is_real, begins)[1])
+        return Summary(transition, run(tokens, own, is_real, begins)[1])
     # A value of zeros writes nothing: what enters with it is seen to leave as it is changed on the way.
     unwritten = jnp.zeros((*tokens.v.shape[:-1], key_width), tokens.v.dtype)
     tokens = tokens._replace(v=jnp.concatenate([tokens.v, unwritten], axis=-1))
     unit = jnp.broadcast_to(jnp.eye(key_width), (*own.shape[:-1], key_width))
-    last = _run(implementation, Settings(), tokens, jnp.concatenate([own, unit], axis=-1), is_real, begins)[1]
+    last = run(tokens, jnp.concatenate([own, unit], axis=-1), is_real, begins)[1]
     return Summary(last[..., value_width:], last[..., :value_width])
 
 
@@ -117,14 +131,30 @@ def _apply(transition: jax.Array, state: jax.Array) -> jax.Array:
     return transition * state if transition.shape[-1] == 1 else exact_matmul(transition, state)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _kernel(name: str, settings: Settings, tokens: Tokens, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return MODULES[name].forward(settings, tokens, state, keep_states=False)[:2]
+
+
+def _kernel_fwd(name, settings, tokens, state):
+    o, last, states = MODULES[name].forward(settings, tokens, state, keep_states=True)
+    return (o, last), (tokens, states)
+
+
+def _kernel_bwd(name, settings, residuals, cotangents):
+    return MODULES[name].backward(settings, *residuals, *cotangents)
+
+
+_kernel.defvjp(_kernel_fwd, _kernel_bwd)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _auto(settings: Settings, tokens: Tokens, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-    by_chunks, by_tokens = (functools.partial(form, settings=settings) for form in (chunkwise, sequential))
-    return jax.lax.platform_dependent(tokens, state, cpu=by_tokens, default=by_chunks)
+    return _by_platform(settings, tokens, state, cpu=functools.partial(sequential, settings=settings))
 
 
 def _auto_fwd(settings, tokens, state):
-    return jax.vjp(functools.partial(chunkwise, settings=settings), tokens, state)
+    return jax.vjp(functools.partial(_by_platform, settings), tokens, state)
 
 
 def _auto_bwd(_, pull_back, cotangents):
@@ -132,6 +162,33 @@ def _auto_bwd(_, pull_back, cotangents):
 
 
 _auto.defvjp(_auto_fwd, _auto_bwd)
+
+
+def _by_platform(
+    settings: Settings, tokens: Tokens, state: jax.Array, **ways: Callable
+) -> tuple[jax.Array, jax.Array]:
+    """Runs the kernel of the platform which the program is lowered for; "chunkwise" where there is none.
+
+    Args:
+      ways: what else runs on a platform.
+    """
+    for platform, name in KERNELS.items():
+        reason = _problem(name, tokens)
+        if reason is None:
+            ways[platform] = functools.partial(_kernel, name, settings)
+        else:
+            _log_once(f"matrix recurrences run as chunkwise on {platform}: {reason}")
+    default = functools.partial(chunkwise, settings=settings)
+    return jax.lax.platform_dependent(tokens, state, **ways, default=default)
+
+
+def _problem(name: str, tokens: Tokens) -> str | None:
+    """Why a kernel cannot run such a call; None if it can."""
+    mesh = jax.sharding.get_abstract_mesh()
+    sizes = {axis: size for axis, size in mesh.shape.items() if size > 1 and axis not in mesh.manual_axes}
+    if sizes:  # the compiler splits no kernel by itself
+        return f"arrays may be spread over a mesh of {sizes}; call it inside jax.shard_map"
+    return MODULES[name].unsupported(tokens)
 
 
 @functools.cache

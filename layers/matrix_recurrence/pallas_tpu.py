@@ -53,8 +53,8 @@ def backward(
     blocks = _Blocks.of(tokens, backwards=True)
     arrays = by_heads(tokens, blocks.chunk)
     gradients, d_state = _launch(
-        _backward_kernel, settings, blocks, of_chunks=(arrays, states, head_first(do, blocks.chunk)), of_heads=d_last,
-        results_of_chunks=gradients_of(arrays, tokens.v.shape[3]))
+        _backward_kernel, settings, blocks, of_chunks=(arrays, states, head_first(do, blocks.chunk)),
+        of_heads=d_last, results_of_chunks=gradients_of(arrays, tokens.v.shape[3]))
     return summed(gradients, tokens), d_state
 
 
@@ -134,9 +134,9 @@ def _launch(
     outputs, out_structure = jax.tree.flatten(results_of_chunks)
 
     def body(*refs):
-        read, first = refs[: len(inputs)], refs[len(inputs)]
+        read, first = jax.tree.unflatten(structure, refs[: len(inputs)]), refs[len(inputs)]
         *written, carry = refs[len(inputs) + 1:]
-        kernel(settings, jax.tree.unflatten(structure, read), first, jax.tree.unflatten(out_structure, written), carry)
+        kernel(settings, read, first, jax.tree.unflatten(out_structure, written), carry)
 
     out_shape = [*outputs, like(of_heads, of_heads.shape, jnp.float32)]
     arrays = [*inputs, of_heads]
