@@ -43,7 +43,7 @@ def summed(gradients: Tokens, tokens: Tokens) -> Tokens:
             gradient = gradient.reshape(*gradient.shape[:3], -1, 1)
         if x.shape[3] < gradient.shape[2]:
             gradient = jnp.sum(gradient, axis=2, keepdims=True)
-        return token_first(gradient, x.shape[1]).astype(x.dtype)
+        return token_first(gradient, x.shape[1])[..., : x.shape[4]].astype(x.dtype)
 
     return jax.tree.map(of, gradients, tokens)
 

@@ -14,7 +14,8 @@ their border; and among the blocks of 1, 2, 4, ... tokens, every two tokens are 
                         x x x x . .
                         x x x x . .
 """
-from functools import lru_cache, partial
+from contextvars import ContextVar
+from functools import lru_cache
 from typing import NamedTuple
 
 import jax
@@ -22,7 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 
 NOTHING_LEFT = -1e30  # log of a decay to 0, whose sums stay finite
-exact_matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+precision = ContextVar("precision", default=jax.lax.Precision.HIGHEST)  # a kernel may know it by another name
+
+
+def exact_matmul(x: jax.Array, y: jax.Array) -> jax.Array:
+    """In float32."""
+    return jnp.matmul(x, y, precision=precision.get())
 
 
 class Decays(NamedTuple):

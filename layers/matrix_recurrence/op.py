@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.context_parallel import Summary, varying_like
-from layers.matrix_recurrence import pallas_tpu
+from layers.matrix_recurrence import pallas_gpu, pallas_tpu
 from layers.matrix_recurrence.chunkwise import chunkwise
 from layers.matrix_recurrence.decays import NOTHING_LEFT, exact_matmul
 from layers.matrix_recurrence.reference import sequential
@@ -28,8 +28,8 @@ from layers.matrix_recurrence.tokens import Settings, Tokens
 from layers.segment_states import Shards, over_segments
 
 MatrixImplementation = Literal["auto", "reference", "chunkwise", "pallas_tpu", "pallas_gpu"]
-MODULES = {"pallas_tpu": pallas_tpu}
-KERNELS = {"tpu": "pallas_tpu"}  # what "auto" runs on a platform, if it can
+MODULES = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
+KERNELS = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}  # what "auto" runs on a platform, if it can
 FORMS = {"reference": sequential, "chunkwise": chunkwise}
 logger = logging.getLogger(__name__)
 
