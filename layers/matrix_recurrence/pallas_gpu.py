@@ -98,7 +98,8 @@ class _Plan(NamedTuple):
 
     def widened(self, arrays: Tokens) -> Tokens:
         """With zeros, which change no product; those of log decays are of channels that hold nothing."""
-        wide = jax.tree.map(lambda x: x if x.ndim == 6 else _padded(x, self.key_width), arrays)
+        wide = jax.tree.map(
+            lambda x: x if x.ndim == 6 else _padded(x, self.key_width), arrays._replace(v=None))
         return wide._replace(v=_padded(arrays.v, self.num_tiles * self.tile))
 
     def widened_state(self, state: jax.Array) -> jax.Array:
