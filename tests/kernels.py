@@ -10,6 +10,7 @@ Kernels in Triton have no interpreter of their own: they are in the test matrix 
 
 Paths into jax that are not public are all here.
 """
+import functools
 import importlib.util
 import os
 import subprocess
@@ -26,7 +27,7 @@ from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
-from layers import diagonal_recurrence
+from layers import diagonal_recurrence, dplr_recurrence, gated_delta_rule, gated_linear_attention
 from tests.inputs import Draw
 from tests.layers.block_sparse_attention.cases import Case, draw_inputs, in_float32, values_and_gradients
 
@@ -168,6 +169,65 @@ KERNELS |= {
         DiagonalCase(2, 1000, 600, "float32", reverse=True, segments=True)),
     "diagonal_recurrence in Triton, complex": _diagonal(
         "triton", DiagonalCase(1, 8, 5, "complex64"), DiagonalCase(8, 4096, 2048, "complex64")),
+}
+
+
+class MatrixCase(NamedTuple):
+    """Inputs of a matrix recurrence: the gated delta rule, without beta linear attention, or RWKV-7 (`rule`)."""
+
+    rule: str
+    of_channels: bool = False  # the decay
+    b: int = 1
+    t: int = 40
+    groups: int = 1            # of heads that share queries and keys
+    heads: int = 2
+    width: int = 8
+    value_width: int = 12
+    dtype: str = "float32"
+
+    def draw(self) -> dict[str, jax.Array]:
+        draw, shape = Draw(0), (self.b, self.t, self.heads)
+        groups = self.heads if self.rule == "rwkv7" else self.groups
+        keys = draw(self.b, self.t, groups, self.width)
+        keys = keys / jnp.linalg.norm(keys, axis=-1, keepdims=True)
+        decay = -3 * jnp.abs(draw(*shape, self.width) if self.of_channels else draw(*shape))
+        inputs = dict(q=draw(*keys.shape, dtype=self.dtype), k=keys.astype(self.dtype),
+                      v=draw(*shape, self.value_width, dtype=self.dtype), decay=decay,
+                      initial_state=draw(self.b, self.heads, self.width, self.value_width))
+        if self.rule != "attention":
+            inputs["beta"] = jax.nn.sigmoid(draw(*shape))
+        return inputs
+
+
+def _matrix(platform: str, small: MatrixCase, large: MatrixCase, **keywords: Any) -> Kernel:
+    def of(inputs, **keywords):
+        q, k, v, decay = (inputs[name] for name in ("q", "k", "v", "decay"))
+        keywords["initial_state"] = inputs["initial_state"]
+        if small.rule == "attention":
+            return gated_linear_attention(q, k, v, decay, **keywords)
+        if small.rule == "delta":
+            return gated_delta_rule(q, k, v, inputs["beta"], decay, **keywords)
+        return dplr_recurrence(q, decay, k, v, -k, k * inputs["beta"][..., None], **keywords)
+
+    def run(inputs, implementation, interpret):
+        results, pull_back = jax.vjp(
+            functools.partial(of, implementation=implementation, interpret=interpret), inputs)
+        return results, pull_back(results)
+
+    kernel = {"tpu": "pallas_tpu", "triton": "pallas_gpu"}[platform]
+    return Kernel(platform, lambda inputs, interpret: run(inputs, kernel, interpret),
+                  lambda inputs: run(inputs, "reference", False), small.draw, large.draw, **keywords)
+
+
+_WIDE = dict(b=2, t=4096, groups=8, heads=8, width=128, value_width=128, dtype="bfloat16")
+_NARROW = dict(b=2, t=1000, groups=2, heads=8, width=64, value_width=64)
+KERNELS |= {
+    "matrix_recurrence, decays of heads": _matrix(
+        "tpu", MatrixCase("attention", t=70), MatrixCase("attention", **_WIDE)),
+    "matrix_recurrence, decays of channels": _matrix(
+        "tpu", MatrixCase("rwkv7", True, t=20), MatrixCase("rwkv7", True, **_WIDE)),
+    "matrix_recurrence, a delta rule with shared keys": _matrix(
+        "tpu", MatrixCase("delta", t=20), MatrixCase("delta", **_NARROW)),
 }
 
 

@@ -3,6 +3,7 @@ import itertools
 from functools import partial
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -205,6 +206,38 @@ def test_chunkwise_matches_the_spec_at_any_length_with_documents_and_padding(len
     assert all(not np.asarray(o)[np.asarray(ids) == 0].any() for o, _ in results)
 
 
+# Rules, decays, lengths and a state per row or per segment, each at least once.
+@pytest.mark.parametrize(("implementation", "recur", "kind", "length", "dtype", "is_state_of_segment"), [
+    ("pallas_tpu", _delta, "channel", 65, "bfloat16", False),
+    ("pallas_tpu", _linear_attention, "head", 7, "float32", True),
+    ("pallas_gpu", _linear_attention, "head", 65, "bfloat16", False),
+    ("pallas_gpu", _delta, "head", 7, "float32", True),
+    ("pallas_gpu", _rwkv7, "channel", 20, "float32", False)])
+def test_a_kernel_matches_the_spec_with_documents_and_padding(
+        implementation, recur, kind, length, dtype, is_state_of_segment):
+    x = _inputs(length, kind, dtype)
+    if recur is _rwkv7:
+        x |= dict(r=x["q"], w=x["g"], a=-x["k"], b=x["k"] * x["beta"][..., None])
+    if is_state_of_segment:
+        x["h0"] = jnp.stack([x["h0"], 2 * x["h0"], -x["h0"]], axis=1)
+    row = [1, 1, 2, 0, 3, 3, 3] if is_state_of_segment else [1, 1, 2, 0, 3, 4, 4]
+    ids = jnp.asarray(np.repeat([row, row[::-1]], -(-length // 7), axis=1)[:, :length], jnp.int32)
+
+    @partial(jax.jit, static_argnums=1)
+    def run(x, implementation):
+        def of(x):
+            return recur(x, initial_state=x["h0"], segment_ids=ids, implementation=implementation, interpret=True)
+
+        results, pull_back = jax.vjp(of, x)
+        return results, pull_back(jax.tree.map(jnp.ones_like, results))[0]
+
+    expected, expected_gradients = run(jax.tree.map(lambda z: z.astype(jnp.float32), x), "reference")
+    results, gradients = run(x, implementation)
+    assert_matches(results, expected, dtype=dtype)
+    assert_matches(gradients, expected_gradients, dtype=dtype, scale=2)
+    assert not np.asarray(results[0])[np.asarray(ids) == 0].any()
+
+
 @pytest.mark.parametrize("implementation", ["reference", "chunkwise"])
 @pytest.mark.parametrize("split", [1, 17, 64])
 def test_a_sequence_split_anywhere_equals_the_whole(split, implementation):
@@ -272,6 +305,22 @@ def test_kernels_refuse_what_they_lack_and_auto_runs_it_otherwise():
         assert not has_kernel(x.astype(np.float32)), "the compiler cannot split one"
 
 
+def test_kernels_of_a_matrix_state_refuse_what_they_lack_and_auto_runs_it_by_chunks():
+    x = {name: z.astype(jnp.float16) for name, z in _inputs(20, "head").items()}
+    with pytest.raises(NotImplementedError, match="q is float16; float32 and bfloat16 fit"):
+        _linear_attention(x, implementation="pallas_tpu", interpret=True)
+
+    def num_kernels(x):
+        gradient = jax.jit(jax.grad(lambda x: jnp.sum(_linear_attention(x)[0])))
+        return gradient.trace(x).lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call")
+
+    assert num_kernels(x) == 0
+    x = {name: z.astype(jnp.bfloat16) for name, z in x.items()}
+    assert num_kernels(x) > 0
+    with jax.set_mesh(jax.make_mesh((2,), ("data",), (jax.sharding.AxisType.Auto,))):
+        assert num_kernels(x) == 0, "the compiler cannot split one"
+
+
 @pytest.mark.parametrize("kind", ["head", "channel"])
 def test_reverse_is_the_sequence_turned_round(kind):
     x = _inputs(40, kind)
@@ -328,5 +377,17 @@ def test_auto_steps_through_tokens_on_a_cpu_and_through_chunks_where_it_is_diffe
     np.testing.assert_array_equal(jax.jit(auto)(x), jax.jit(partial(run, implementation="reference"))(x))
     expected = jax.grad(lambda x: jnp.sum(run(x, "reference") ** 2))(x)
     assert_matches(jax.jit(gradient)(x), expected, dtype="float32", scale=8)
-    lengths = [e.params["length"] for e in jax.make_jaxpr(gradient)(x).eqns if e.primitive.name == "scan"]
+    lengths = _lengths_of_scans(jax.make_jaxpr(gradient)(x).jaxpr)
     assert lengths and all(length == 3 for length in lengths), lengths
+
+
+def _lengths_of_scans(jaxpr):
+    """Outside kernels."""
+    lengths = []
+    for e in jaxpr.eqns:
+        if e.primitive.name == "scan":
+            lengths.append(e.params["length"])
+        elif e.primitive.name != "pallas_call":
+            for inner in jax.extend.core.jaxprs_in_params(e.params):
+                lengths += _lengths_of_scans(inner)
+    return lengths
