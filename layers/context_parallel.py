@@ -20,7 +20,7 @@ class Summary(NamedTuple):
 
 def states_around(
     axis_name: str, summary: Summary, apply: Callable[[jax.Array, jax.Array], jax.Array], initial_state: jax.Array,
-    segment_ids: jax.Array, *, reverse: bool,
+    segment_ids: jax.Array | None, *, reverse: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """Returns the state that enters this shard [b, ...], and the one that leaves the last.
 
@@ -28,9 +28,11 @@ def states_around(
       axis_name: of the mesh, inside `jax.shard_map`; time is sharded along it in order.
       apply: called with a transition and a state.
       initial_state: [b, ...] enters the first shard, of the first segment.
-      segment_ids: [b, t] of the shard, in the order in which it runs.
+      segment_ids: [b, t] of the shard, in the order in which it runs; None means one segment in all shards.
       reverse: the last shard comes first.
     """
+    if segment_ids is None:
+        segment_ids = jnp.ones((initial_state.shape[0], 1), jnp.int32)
     edges = segment_ids[:, 0], segment_ids[:, -1], jnp.any(segment_ids != 0, axis=1)
     gathered = jax.lax.all_gather((summary, edges), axis_name)  # [shards, b, ...]
     index = jax.lax.axis_index(axis_name)

@@ -1,6 +1,7 @@
 """The delta rule with a decaying matrix state: DeltaNet, Gated DeltaNet, KDA, Comba, gated DeltaProduct, GDN-2."""
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Float, Int, typed
@@ -54,13 +55,14 @@ def gated_delta_rule(
     if beta is not None and (erase is not None or write is not None):
         raise ValueError("beta stands for erase and write both; give beta, or those two")
     groups = k.shape[2]
-    gate = jnp.ones(v.shape[:3], jnp.float32) if beta is None else beta.astype(jnp.float32)
-    erase, write = (gate[..., None] if x is None else x.astype(jnp.float32) for x in (erase, write))
-    answered = per_group(k if read_key is None else read_key, v, "read_key").astype(jnp.float32)
-    # beta (v - S^T k) is beta v less what S answers to beta k.
+
+    def gated(gate: jax.Array | None, x: jax.Array) -> jax.Array:
+        return x if gate is None else per_head(gate.astype(jnp.float32), groups) * x.astype(jnp.float32)
+
     tokens = Tokens(
-        per_group(q, v, "q"), per_group(k, v, "k"), per_head(write * v.astype(jnp.float32), groups),
-        decay_per_head(log_decay, v, groups), a=per_head(erase, groups) * answered)
+        per_group(q, v, "q"), gated(None if beta is None else beta[..., None], per_group(k, v, "k")),
+        gated(write, per_head(v, groups)), decay_per_head(log_decay, v, groups),
+        a=gated(erase, per_group(k if read_key is None else read_key, v, "read_key")))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     o, state = matrix_recurrence(
         tokens, initial_state, segment_ids, implementation, scale=scale, reverse=reverse, axis_name=axis_name,

@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Float, Int, typed
-from layers.segment_states import over_segments
+from layers.segment_states import FIRST, PADDING, over_segments
 
 NOTHING = -1e30  # of which a sum stays finite
 
@@ -23,16 +23,17 @@ def fading_max_before(
       initial_max: before the first token, or one for each of n segments; further segments of a row begin with 0.
       segment_ids: 0 is padding, which leaves the maximum alone; see `over_segments`.
     """
-    def run(tokens, initial, is_real, begins):
-        x, f = (jnp.where(is_real[..., None], z, inert) for z, inert in zip(tokens, (NOTHING, 0), strict=True))
-        if begins is not None:  # from 0: what was before falls without end
-            x = jnp.where(begins[..., None], jnp.maximum(x, f), x)
-            f = jnp.where(begins[..., None], NOTHING, f)
+    def run(tokens, initial, marks):
+        x, f = tokens
+        if marks is not None:
+            is_real, begins = (marks != PADDING)[..., None], (marks == FIRST)[..., None]
+            x, f = jnp.where(is_real, x, NOTHING), jnp.where(is_real, f, 0)
+            # From 0: what was before falls without end.
+            x, f = jnp.where(begins, jnp.maximum(x, f), x), jnp.where(begins, NOTHING, f)
         # A scan is fastest on a CPU and slowest elsewhere.
         m = jax.lax.platform_dependent(x, f, initial, cpu=_sequential, default=_associative)
         before = jnp.concatenate([initial[:, None], m[:, :-1]], axis=1)
-        before = before if begins is None else jnp.where(begins[..., None], 0, before)
-        return jnp.where(is_real[..., None], before, 0), m[:, -1]
+        return before if marks is None else jnp.where(is_real & ~begins, before, 0), m[:, -1]
 
     tokens = (x.astype(jnp.float32), f.astype(jnp.float32))
     return over_segments(run, tokens, initial_max.astype(jnp.float32), segment_ids,

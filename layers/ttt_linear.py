@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Float, Int, typed
-from layers.segment_states import over_segments
+from layers.segment_states import FIRST, PADDING, REAL, over_segments
 
 TTTImplementation = Literal["auto", "reference", "chunkwise"]
 EPSILON = 1e-6  # added to the variance
@@ -91,21 +91,21 @@ def ttt_linear(
     return o.astype(v.dtype), last
 
 
-def _by_tokens(tokens, state: TTTState, is_real, begins, *, norm, mini_batch_size: int):
+def _by_tokens(tokens, state: TTTState, marks, *, norm, mini_batch_size: int):
     """As the equations say. Returns z [b, t, h, k] and the state; see `over_segments` for the arguments."""
     def step(state, token):
-        q, k, v, eta, is_real, begins = token
-        state = _where(begins, jax.tree.map(jnp.zeros_like, state), state)
+        q, k, v, eta, mark = token
+        state = _where(mark == FIRST, jax.tree.map(jnp.zeros_like, state), state)
         gradient = _inner_gradient(norm, _dot("bhk,bhkv->bhv", k, state.w) + state.b, v - k)
         w_grad = state.w_grad + k[..., None] * gradient[..., None, :]
         b_grad = state.b_grad + gradient
         taken = _step_taken(state, w_grad, b_grad, eta)
         partly = TTTState(state.w, state.b, w_grad, b_grad, state.num_tokens + 1)
         after = _where(partly.num_tokens == mini_batch_size, taken, partly)
-        return _where(is_real, after, state), _dot("bhk,bhkv->bhv", q, taken.w) + taken.b
+        return _where(mark != PADDING, after, state), _dot("bhk,bhkv->bhv", q, taken.w) + taken.b
 
-    begins = jnp.zeros_like(is_real) if begins is None else begins
-    state, z = jax.lax.scan(step, state, jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (*tokens, is_real, begins)))
+    marks = jnp.full(tokens[0].shape[:2], REAL) if marks is None else marks
+    state, z = jax.lax.scan(step, state, jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (*tokens, marks)))
     return jnp.swapaxes(z, 0, 1), state
 
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from layers.array_types import Array, Float, Inexact, Int, typed
 from layers.context_parallel import Summary, varying_like
 from layers.diagonal_recurrence import pallas_gpu, pallas_tpu, xla
-from layers.diagonal_recurrence.parts import FIRST, PADDING, REAL, Parts, Settings, joined, split
+from layers.diagonal_recurrence.parts import Parts, Settings, decay, joined, split
 from layers.diagonal_recurrence.reference import sequential
-from layers.segment_states import Shards, over_segments
+from layers.segment_states import PADDING, Shards, over_segments
 
 DiagonalImplementation = Literal["auto", "reference", "associative", "pallas_tpu", "pallas_gpu"]
 MODULES = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
@@ -66,26 +66,19 @@ def diagonal_recurrence(
     if initial_state is None:
         initial_state = jnp.zeros((x.shape[0], x.shape[2]), dtype)
     implementation = "reference" if implementation == "auto" and x.shape[1] <= 1 else implementation
-    is_marked = segment_ids is not None or initial_state.ndim == 3 or axis_name is not None
     settings = Settings(a is None, reverse, implementation, interpret)
 
-    def run(tokens, state, is_real, begins):
+    def run(tokens, state, marks):
         x, gate = tokens
-        marks = None
-        if is_marked:
-            marks = jnp.where(is_real, REAL, PADDING)
-            marks = marks if begins is None else jnp.where(is_real & begins, FIRST, marks)
         # Not `recur` with a gradient of its own: the gradient of the definition is what others are held against.
         recur = _recur if implementation not in SCANS else functools.partial(xla.forward, SCANS[implementation])
         h, last = recur(settings, split(x), split(gate), split(state), marks)
         h, last = joined(h), joined(last)
-        return h if marks is None else jnp.where(is_real[..., None], h, 0), last
+        return h if marks is None else jnp.where((marks != PADDING)[..., None], h, 0), last
 
-    def summarize(tokens, is_real, begins):
-        _, gate = tokens
-        decay = jnp.exp(gate.astype(jnp.float32)) if a is None else gate
-        decay = jnp.where(begins[..., None], 0, jnp.where(is_real[..., None], decay, 1))
-        return Summary(jnp.prod(decay, axis=1), run(tokens, jnp.zeros_like(initial_state), is_real, begins)[1])
+    def summarize(tokens, marks):
+        per_token = decay(settings, split(tokens[1]), None if marks is None else marks[..., None])
+        return Summary(jnp.prod(joined(per_token), axis=1), run(tokens, jnp.zeros_like(initial_state), marks)[1])
 
     shards = None if axis_name is None else Shards(axis_name, summarize, jnp.multiply)
     initial_state = varying_like(initial_state.astype(dtype), jnp.real(x))

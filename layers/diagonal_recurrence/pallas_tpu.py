@@ -15,8 +15,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from layers.diagonal_recurrence.parts import (
-    PADDING,
-    REAL,
     Parts,
     Settings,
     added,
@@ -28,6 +26,7 @@ from layers.diagonal_recurrence.parts import (
     where,
     wide,
 )
+from layers.segment_states import PADDING, REAL
 
 LANES = 128
 SUBLANES = 8            # rows of a register

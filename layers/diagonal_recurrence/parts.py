@@ -1,4 +1,4 @@
-"""What the implementations share: numbers as tuples of their real parts, and marks of tokens.
+"""What the implementations share: numbers as tuples of their real parts, with marks of tokens.
 
 Kernels have no complex numbers. A `Parts` is (x,) or (real, imaginary); x, h and the state have as many parts, the
 gate as many or one. Arrays of gradients are of the same form: the part of each part.
@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from layers.segment_states import FIRST, PADDING, REAL
+
 Parts = tuple[jax.Array, ...]
-PADDING, REAL, FIRST = 0, 1, 2  # marks: the state passes over the token, enters it, or is dropped before it
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ from layers.matrix_recurrence.chunkwise import chunkwise
 from layers.matrix_recurrence.decays import NOTHING_LEFT, exact_matmul
 from layers.matrix_recurrence.reference import sequential
 from layers.matrix_recurrence.tokens import Settings, Tokens
-from layers.segment_states import Shards, over_segments
+from layers.segment_states import FIRST, PADDING, Shards, over_segments
 
 MatrixImplementation = Literal["auto", "reference", "chunkwise", "pallas_tpu", "pallas_gpu"]
 MODULES = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
@@ -76,10 +76,10 @@ def matrix_recurrence(
 
 
 def _run(
-    implementation: MatrixImplementation, settings: Settings, tokens: Tokens, state: jax.Array, is_real: jax.Array,
-    begins: jax.Array | None,
+    implementation: MatrixImplementation, settings: Settings, tokens: Tokens, state: jax.Array,
+    marks: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    inert = _inert(settings.reads_before, tokens, is_real, begins)
+    inert = _inert(settings.reads_before, tokens, marks)
     if implementation in FORMS:
         return FORMS[implementation](inert, state, settings)
     if implementation != "auto":
@@ -92,23 +92,25 @@ def _run(
     return _auto(settings, inert, state) if tokens.v.shape[1] > 1 else sequential(inert, state, settings)
 
 
-def _inert(reads_before: bool, tokens: Tokens, is_real: jax.Array, begins: jax.Array | None) -> Tokens:
+def _inert(reads_before: bool, tokens: Tokens, marks: jax.Array | None) -> Tokens:
     """Tokens of which padding does nothing, and the first of a segment leaves nothing of the state before."""
-    def where(mask, x, otherwise):
-        return jnp.where(mask[..., None, None, None], x, jnp.asarray(otherwise, x.dtype))
+    if marks is None:
+        return tokens
+    marks = marks[..., None, None, None]
 
-    inert = jax.tree.map(lambda x: where(is_real, x, 0), tokens)
-    if begins is not None:
-        inert = inert._replace(log_decay=where(~begins, inert.log_decay, NOTHING_LEFT))
-        # Nor may what reads the state before its decay see another segment's.
-        for name in ["a"] * (inert.b is not None) + ["q"] * reads_before:
-            inert = inert._replace(**{name: where(~begins, getattr(inert, name), 0)})
+    def where(mask, x, otherwise):
+        return jnp.where(mask, x, jnp.asarray(otherwise, x.dtype))
+
+    inert = jax.tree.map(lambda x: where(marks != PADDING, x, 0), tokens)
+    inert = inert._replace(log_decay=where(marks != FIRST, inert.log_decay, NOTHING_LEFT))
+    # Nor may what reads the state before its decay see another segment's.
+    for name in ["a"] * (inert.b is not None) + ["q"] * reads_before:
+        inert = inert._replace(**{name: where(marks != FIRST, getattr(inert, name), 0)})
     return inert
 
 
 def _summary(
-    implementation: MatrixImplementation, interpret: Any, tokens: Tokens, is_real: jax.Array,
-    begins: jax.Array | None,
+    implementation: MatrixImplementation, interpret: Any, tokens: Tokens, marks: jax.Array | None
 ) -> Summary:
     """Of a shard: the state is only decayed, or multiplied by a matrix [k, k]."""
     run = functools.partial(_run, implementation, Settings(interpret=interpret))
@@ -116,14 +118,14 @@ def _summary(
     key_width = tokens.k.shape[-1]
     own = varying_like(jnp.zeros((batch, groups, in_group, key_width, value_width), jnp.float32), tokens.v)
     if tokens.a is None:
-        log_decay = _inert(False, tokens, is_real, begins).log_decay
+        log_decay = _inert(False, tokens, marks).log_decay
         transition = jnp.exp(jnp.sum(log_decay, axis=1))[..., None]
-        return Summary(transition, run(tokens, own, is_real, begins)[1])
+        return Summary(transition, run(tokens, own, marks)[1])
     # A value of zeros writes nothing: what enters with it is seen to leave as it is changed on the way.
     unwritten = jnp.zeros((*tokens.v.shape[:-1], key_width), tokens.v.dtype)
     tokens = tokens._replace(v=jnp.concatenate([tokens.v, unwritten], axis=-1))
     unit = jnp.broadcast_to(jnp.eye(key_width), (*own.shape[:-1], key_width))
-    last = run(tokens, jnp.concatenate([own, unit], axis=-1), is_real, begins)[1]
+    last = run(tokens, jnp.concatenate([own, unit], axis=-1), marks)[1]
     return Summary(last[..., value_width:], last[..., :value_width])
 
 
