@@ -209,6 +209,7 @@ def _matrix(platform: str, small: MatrixCase, large: MatrixCase, **keywords: Any
             return gated_delta_rule(q, k, v, inputs["beta"], decay, **keywords)
         return dplr_recurrence(q, decay, k, v, -k, k * inputs["beta"][..., None], **keywords)
 
+    @functools.partial(jax.jit, static_argnums=(1, 2))
     def run(inputs, implementation, interpret):
         results, pull_back = jax.vjp(
             functools.partial(of, implementation=implementation, interpret=interpret), inputs)
@@ -223,11 +224,11 @@ _WIDE = dict(b=2, t=4096, groups=8, heads=8, width=128, value_width=128, dtype="
 _NARROW = dict(b=2, t=1000, groups=2, heads=8, width=64, value_width=64)
 KERNELS |= {
     "matrix_recurrence, decays of heads": _matrix(
-        "tpu", MatrixCase("attention", t=70), MatrixCase("attention", **_WIDE)),
+        "tpu", MatrixCase("attention", t=70, heads=1), MatrixCase("attention", **_WIDE)),
     "matrix_recurrence, decays of channels": _matrix(
-        "tpu", MatrixCase("rwkv7", True, t=20), MatrixCase("rwkv7", True, **_WIDE)),
+        "tpu", MatrixCase("rwkv7", True, t=10, heads=1), MatrixCase("rwkv7", True, **_WIDE)),
     "matrix_recurrence, a delta rule with shared keys": _matrix(
-        "tpu", MatrixCase("delta", t=20), MatrixCase("delta", **_NARROW)),
+        "tpu", MatrixCase("delta", t=10), MatrixCase("delta", **_NARROW)),
 }
 
 

@@ -18,8 +18,10 @@ from layers.matrix_recurrence.chunkwise import one_chunk
 from layers.matrix_recurrence.tile_decays import TileDecays
 from layers.matrix_recurrence.tokens import Settings, Tokens
 
-CHUNK = 64  # tokens; more fill a matrix unit better, and less states to be written down take less memory
+CHUNK = 64  # tokens; more fill a matrix unit better, and take less memory for states
 ROWS = 16   # of a tile of bfloat16: a chunk has whole ones
+MAX_KEY_WIDTH, MAX_STATE = 512, 512 * 256  # numbers for which the gradient has room
+VECTOR_MEMORY_BYTES = 48 * 2**20           # of 64 MiB or more
 
 
 def unsupported(tokens: Tokens) -> str | None:
@@ -27,6 +29,10 @@ def unsupported(tokens: Tokens) -> str | None:
     for name, x in tokens._asdict().items():
         if x is not None and x.dtype not in (jnp.float32, jnp.bfloat16):
             return f"{name} is {x.dtype.name}; float32 and bfloat16 fit"
+    key_width, value_width = tokens.k.shape[-1], tokens.v.shape[-1]
+    if key_width > MAX_KEY_WIDTH or key_width * value_width > MAX_STATE:
+        return (f"a state of {key_width} x {value_width} is too large for vector memory; {MAX_STATE} numbers fit, "
+                f"and keys of {MAX_KEY_WIDTH}")
     return None
 
 
@@ -144,7 +150,8 @@ def _launch(
         body, grid=blocks.grid, in_specs=[*map(blocks.of_chunk, inputs), blocks.of_head(of_heads)],
         out_specs=[*map(blocks.of_chunk, outputs), blocks.of_head(of_heads)], out_shape=out_shape,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=VECTOR_MEMORY_BYTES),
         name=f"matrix_recurrence{kernel.__name__.removesuffix('_kernel')}", interpret=settings.interpret,
     )(*arrays)
     return jax.tree.unflatten(out_structure, results), last

@@ -11,6 +11,10 @@ def unit_lower_inverse(strictly_lower: jax.Array) -> jax.Array:
 
     Products of the off-diagonal blocks alone, no powers of A: those of similar keys grow without bound.
     """
+    return _by_doubling(strictly_lower)
+
+
+def _by_doubling(strictly_lower: jax.Array) -> jax.Array:
     length = strictly_lower.shape[-1]
     i, j = (jax.lax.broadcasted_iota(jnp.int32, (length, length), axis) for axis in (0, 1))
     inverse = (i == j).astype(jnp.float32)
@@ -27,7 +31,7 @@ def unit_lower_inverse(strictly_lower: jax.Array) -> jax.Array:
 
 
 def _unit_lower_inverse_fwd(strictly_lower):
-    inverse = unit_lower_inverse(strictly_lower)
+    inverse = _by_doubling(strictly_lower)
     return inverse, inverse
 
 
