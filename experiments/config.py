@@ -19,7 +19,7 @@ STAGE_LR_RULES = ("equal", "paper")
 RATIO_STATISTICS = ("global", "local")
 
 
-def _check_choice(field: str, value: str, choices: Iterable[str]) -> None:
+def check_choice(field: str, value: str, choices: Iterable[str]) -> None:
     if value not in choices:
         raise ValueError(f"{field} {value!r} is not one of {', '.join(choices)}{suggest(value, choices)}")
 
@@ -73,7 +73,7 @@ class OptimizerConfig:
     def __post_init__(self):
         for field, choices in (("schedule", SCHEDULES), ("decay_groups", DECAY_GROUPS),
                                ("stage_lr_rule", STAGE_LR_RULES)):
-            _check_choice(f"optimizer.{field}", getattr(self, field), choices)
+            check_choice(f"optimizer.{field}", getattr(self, field), choices)
         for field in ("warmup_fraction", "decay_fraction", "final_lr_fraction", "b1", "b2"):
             value = getattr(self, field)
             if not 0 <= value <= 1:
@@ -150,8 +150,8 @@ class RunConfig:
             raise ValueError(f"model.vocab_size {self.model.vocab_size} cannot hold all 256 bytes; set it to 256")
 
     def _check_ratio(self) -> None:
-        _check_choice("ratio_objective", self.ratio_objective, get_args(RatioObjective))
-        _check_choice("ratio_statistics", self.ratio_statistics, RATIO_STATISTICS)
+        check_choice("ratio_objective", self.ratio_objective, get_args(RatioObjective))
+        check_choice("ratio_statistics", self.ratio_statistics, RATIO_STATISTICS)
         num_chunking = len(self.model.stages) - 1
         start = self.tokens_per_chunk_start
         for field, values in (("tokens_per_chunk", self.tokens_per_chunk), ("tokens_per_chunk_start", start)):

@@ -78,6 +78,17 @@ def config_from_json(text: str) -> ConfigDict:
     return ConfigDict(_tuples_for_lists(json.loads(text))).lock()
 
 
+def flat_fields(config: ConfigDict) -> dict[str, Any]:
+    """{"model.stages.stage0.width": 64, ...}"""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            flat |= {f"{key}.{name}": each for name, each in flat_fields(value).items()}
+        else:
+            flat[key] = value
+    return flat
+
+
 def _find(name: str, directory: Path) -> Path:
     if name.endswith(".py"):
         path = Path(name)

@@ -28,7 +28,7 @@ class Series:
     label: str     # written at the end of the line, before its last value; "" for none
     x: np.ndarray  # [num_points], rising
     y: np.ndarray  # [num_points], finite
-    kind: str      # how PLOT_CSS draws it: "faint", "line", "line other", "dots" or "line " + colour(index)
+    kind: str      # how PLOT_CSS draws it: "faint", "line", "line other", "dots", "line " + colour(index), with " dashed"
     band: tuple[np.ndarray, np.ndarray] | None = None  # lower and upper edge around y, [num_points] each
 
 
@@ -49,10 +49,11 @@ def line_plot(
     series: Sequence[Series],
     *,
     y_label: str,
+    x_label: str = "step",
     references: dict[str, float] | None = None,
     from_zero: bool = False,
 ) -> str:
-    """Returns an <svg> of the series over the training step, with a dashed line at each reference value.
+    """Returns an <svg> of the series over x, the training step, with a dashed line at each reference value.
 
     Raises:
       ValueError: no series has a point.
@@ -79,8 +80,9 @@ def line_plot(
               for value, text, kind in zip(end_values, end_texts, kinds, strict=True) if text]
     for y, text, kind in _spread(labels, low=_TOP, high=frame.y_end):
         drawn.append(frame.text(frame.x_end + 8, y + 4, text, kind))
-    axes = frame.y_axis(y_label) + frame.x_axis("step")
-    return frame.svg(axes + "".join(drawn), f"{y_label} over training steps")
+    axes = frame.y_axis(y_label) + frame.x_axis(x_label)
+    over = "training steps" if x_label == "step" else x_label
+    return frame.svg(axes + "".join(drawn), f"{y_label} over {over}")
 
 
 def row_plot(rows: Sequence[Row], *, x_label: str) -> str:
@@ -277,6 +279,7 @@ INK_CSS = """
 .plot path.faint { stroke: var(--data); stroke-opacity: .4; }
 .plot path.line { stroke: var(--data); stroke-width: 2.2; }
 .plot path.other { stroke: var(--other); }
+.plot path.dashed { stroke-dasharray: 6 5; }
 .plot rect { fill: var(--data); }
 .plot circle { fill: var(--other); }
 .plot text { font-size: 12.5px; fill: var(--tick); }

@@ -18,12 +18,9 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import jax
 
 from experiments.config import RunConfig
-from experiments.config_loading import config_from_json, load_config, split_overrides
+from experiments.config_loading import config_from_json, flat_fields, load_config, split_overrides
 from experiments.errors import RunError, UsageError, run_command
 from experiments.flops import model_flops_per_byte
 from experiments.manifest import prepare_workdir
@@ -224,20 +221,13 @@ def _refuse_another_config(run: Run) -> None:
     if not path.is_file():
         return
     # Through RunConfig, which fills in fields that were added since.
-    saved = _fields(RunConfig.from_config_dict(config_from_json(path.read_text())))
-    wanted = _fields(run.config)
+    saved = flat_fields(RunConfig.from_config_dict(config_from_json(path.read_text())).to_config_dict())
+    wanted = flat_fields(run.config.to_config_dict())
     for field in sorted(saved.keys() | wanted.keys()):
         if saved.get(field) != wanted.get(field):
             raise UsageError(
                 f"{run.workdir} was trained with config.{field} {saved.get(field)!r}, and this sweep asks for "
                 f"{wanted.get(field)!r}; use another --outdir, or delete that run")
-
-
-def _fields(config: RunConfig) -> dict[str, Any]:
-    """{"model.stages.stage0.width": 64, ...}"""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(
-        config.to_config_dict().to_dict(), is_leaf=lambda value: isinstance(value, tuple))
-    return {jax.tree_util.keystr(path, simple=True, separator="."): value for path, value in leaves}
 
 
 @contextlib.contextmanager

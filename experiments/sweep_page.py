@@ -1,7 +1,7 @@
 """What a sweep found: a table in Markdown and a plot, drawn from the results of its finished runs alone."""
 import dataclasses
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,10 +64,14 @@ def render_table(results: Iterable[Result]) -> str:
         format_number(_mean(runs, lambda run: run.num_params)),
         f"{_mean(runs, lambda run: run.train_seconds):.0f}",
     ) for name, runs in _by_config(results).items()]
+    return f"{markdown_table(header, rows)}\n\n{_footnote(list(results))}\n"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    rows = list(rows)
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [_table_line(header, widths), "|" + "|".join("-" * (width + 2) for width in widths) + "|"]
-    lines += [_table_line(row, widths) for row in rows]
-    return "\n".join(lines) + f"\n\n{_footnote(list(results))}\n"
+    return "\n".join(lines + [_table_line(row, widths) for row in rows])
 
 
 def _table_line(cells: Iterable[str], widths: Iterable[int]) -> str:

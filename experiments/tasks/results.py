@@ -1,0 +1,90 @@
+"""What came out of a run of a task: one JSON file for each, written when the run is finished."""
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from experiments.config_loading import config_from_json, flat_fields
+from experiments.errors import UsageError
+from experiments.tasks.config import TaskConfig
+from experiments.tasks.training import Measured
+
+SWEPT = ("mixers", "learning_rates")  # fields that say which runs there are, and nothing about any one of them
+
+
+@dataclasses.dataclass(frozen=True)
+class RunName:
+    """Which run of an experiment."""
+
+    mixer: str
+    setting: str
+    seed: int
+    learning_rate: float
+
+    def __str__(self) -> str:
+        return f"{self.mixer} {self.setting} seed {self.seed} rate {self.learning_rate:g}"
+
+    def path(self, outdir: Path) -> Path:
+        return outdir / "runs" / f"{self.mixer}-{self.setting}-seed{self.seed}-rate{self.learning_rate:g}.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """One finished run."""
+
+    mixer: str
+    setting: str
+    seed: int
+    learning_rate: float
+    validation: dict[str, float]  # column -> share of right answers; all 0 for a run that diverged
+    test: dict[str, float]
+    curve: list[Measured]         # of training, by rising step
+    diverged_at: int              # the step by which the loss was not finite, which ended the run; 0 = none
+    num_params: int
+    train_seconds: float          # of training steps, without what the first call takes to compile
+    commit: str                   # and what else tells where the numbers come from
+    is_dirty: bool
+    device: str
+    versions: dict[str, str]
+    config: dict[str, Any]
+
+    @property
+    def name(self) -> RunName:
+        return RunName(self.mixer, self.setting, self.seed, self.learning_rate)
+
+    @property
+    def summary(self) -> str:
+        if self.diverged_at:
+            return f"diverged by step {self.diverged_at}"
+        return ", ".join(f"{column} {100 * share:.1f} %" for column, share in self.test.items())
+
+
+def save(result: Result, outdir: Path) -> None:
+    """Writes the file of a run whole, so that a kill leaves it finished or not begun."""
+    path = result.name.path(outdir)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replacement = path.with_suffix(".json.tmp")
+    replacement.write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n", encoding="utf-8")
+    os.replace(replacement, path)
+
+
+def load(name: RunName, outdir: Path, config: TaskConfig) -> Result | None:
+    """Returns the result of a run, or None where it is not finished.
+
+    Raises:
+      UsageError: the run was made with another config.
+    """
+    path = name.path(outdir)
+    if not path.is_file():
+        return None
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    # Through TaskConfig, which fills in fields that were added since.
+    saved = TaskConfig.from_config_dict(config_from_json(json.dumps(fields["config"])))
+    before, now = (flat_fields(each.to_config_dict()) for each in (saved, config))
+    for field in sorted(before.keys() | now.keys()):
+        if field not in SWEPT and before.get(field) != now.get(field):
+            raise UsageError(
+                f"{path} was made with config.{field} {before.get(field)!r}, and this command asks for "
+                f"{now.get(field)!r}; use another --outdir, or delete that file")
+    return Result(**fields | {"curve": [Measured(*each) for each in fields["curve"]]})
