@@ -28,7 +28,8 @@ class Series:
     label: str     # written at the end of the line, before its last value; "" for none
     x: np.ndarray  # [num_points], rising
     y: np.ndarray  # [num_points], finite
-    kind: str      # how PLOT_CSS draws it: "faint", "line", "line other", "dots", "line " + colour(index), with " dashed"
+    # How PLOT_CSS draws it: "faint", "line", "line other", "dots", "line " + colour(index), or that + " dashed".
+    kind: str
     band: tuple[np.ndarray, np.ndarray] | None = None  # lower and upper edge around y, [num_points] each
 
 

@@ -125,7 +125,7 @@ def train(trainer: Trainer, name: RunName, manifest: dict[str, Any], label: str)
     with Progress(config.num_steps) as progress:
         progress.message(f"{label}: started, {trainer.num_params:,} parameters")
         before = time.perf_counter()
-        for state, measured in trainer.train(name.seed, name.learning_rate):
+        for state, measured in trainer.train(name.seed, name.learning_rate):  # noqa: B007
             now = time.perf_counter()
             if curve:  # the first call compiles
                 seconds += now - before

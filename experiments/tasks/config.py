@@ -109,9 +109,11 @@ class TaskConfig:
     weight_decay: float = 0.1
     max_grad_norm: float = 1.0             # 0 = off
     test_sequences: int = 1000             # per column and split, in whole batches
+    test_batch_size: int = 64              # sequences at a time in tests, which may be longer than in training
 
     def __post_init__(self):
-        for field in ("num_layers", "num_steps", "batch_size", "steps_per_call", "test_sequences"):
+        for field in ("num_layers", "num_steps", "batch_size", "steps_per_call", "test_sequences",
+                      "test_batch_size"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} {getattr(self, field)} must be at least 1")
         if self.num_steps % self.steps_per_call:
@@ -126,8 +128,6 @@ class TaskConfig:
             raise ValueError(f"learning_rates {rates} must be one or more different numbers above 0")
         if self.conv_taps < 0:
             raise ValueError(f"conv_taps {self.conv_taps} must not be negative; 0 is no convolution")
-        for mixer in self.mixers:
-            self.stage_of(mixer)
 
     @property
     def task(self) -> str:
@@ -154,7 +154,7 @@ class TaskConfig:
         """The inverse of `to_config_dict`.
 
         Raises:
-          UsageError: a value is out of range, or a field does not exist.
+          UsageError: a value is out of range, a field does not exist, or a mixer does not fit the stage.
         """
         fields = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
         try:
@@ -162,7 +162,10 @@ class TaskConfig:
             check_choice("task", task, TASKS)
             fields["data"] = TASKS[task](**fields["data"])
             fields["stage"] = StageConfig(**fields["stage"], encoder="", decoder="")
-            return cls(**fields)
+            task_config = cls(**fields)
+            for mixer in task_config.mixers:
+                task_config.stage_of(mixer)
+            return task_config
         except KeyError as error:
             raise UsageError(f"config: it has no field {error}, so it is none of a task; those are in "
                              "configs/tasks") from error

@@ -52,11 +52,11 @@ def _footnote(results: list[Result]) -> str:
 
     commits = all_of(f"{result.commit[:7]}{' with changes' if result.is_dirty else ''}" for result in results)
     jax, python = (all_of(result.versions[name] for result in results) for name in ("jax", "python"))
-    return ("Per cent of right answers on test sequences: means over seeds, ± the sample standard deviation. Rate: "
-            "of the learning rates tried with each mixer, the one with the best mean over all columns on validation "
-            "sequences, which are not those of training or test. Parameters: of the largest model. Seconds: of the "
-            f"training steps of a run. {all_of(result.device for result in results)}, Python {python}, jax {jax}, "
-            f"commit {commits}.")
+    return ("Right answers on test sequences in per cent: means over seeds, ± the sample standard deviation. "
+            "Rate: of the learning rates tried with a mixer, the one with the best mean over all columns on "
+            "validation sequences, which are not those of training or test. Parameters: of the largest model. "
+            f"Seconds: of the training steps of a run. {all_of(result.device for result in results)}, "
+            f"Python {python}, jax {jax}, commit {commits}.")
 
 
 def render_plot(chosen: Chosen, columns: Sequence[Column]) -> str:
@@ -68,7 +68,7 @@ def render_plot(chosen: Chosen, columns: Sequence[Column]) -> str:
     for column in columns:
         panels.setdefault(column.panel, []).append(column)
     drawn = [_panel(title, each, chosen) for title, each in panels.items()]
-    settings = dict.fromkeys(run.setting for runs in chosen.values() for run in runs)
+    settings = dict.fromkeys(run.setting for runs in chosen.values() for run in runs if run.curve)
     if len(settings) <= MOST_CURVES:
         drawn += [_curves(setting, chosen) for setting in settings]
     return standalone(drawn)

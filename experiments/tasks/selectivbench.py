@@ -75,8 +75,8 @@ def make_grammar(seed: int, num_symbols: int, depth: int, density: float) -> Gra
             forbidden = [np.flatnonzero(~mask) for mask in is_allowed]
             return Grammar(symbol.astype(np.int32), *_padded(successors), *_padded(forbidden))
     raise ValueError(
-        f"none of {_MOST_DRAWS} grammars of {num_symbols} symbols, depth {depth} and density {density} comes to '#' "
-        "from every state; make density larger or depth smaller")
+        f"none of {_MOST_DRAWS} grammars of {num_symbols} symbols, depth {depth} and density {density} comes to "
+        "'#' from every state; make density larger or depth smaller")
 
 
 def _draw_allowed(rng: np.random.Generator, num_states: int, num_symbols: int, density: float) -> np.ndarray:

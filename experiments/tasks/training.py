@@ -105,10 +105,10 @@ class Trainer:
         self, params: Any, key: jax.Array, chosen: jax.Array, *, sources: tuple[Source, ...]
     ) -> tuple[jax.Array, jax.Array]:
         def one_batch(_, index):
-            batch = sample_batch(sources, chosen, key, index, self.config.batch_size)
+            batch = sample_batch(sources, chosen, key, index, self.config.test_batch_size)
             return None, count_right(self._apply(params, batch), batch)
 
-        num_batches = math.ceil(self.config.test_sequences / self.config.batch_size)
+        num_batches = math.ceil(self.config.test_sequences / self.config.test_batch_size)
         _, counts = jax.lax.scan(one_batch, None, jnp.arange(num_batches))
         return jax.tree.map(jnp.sum, counts)
 

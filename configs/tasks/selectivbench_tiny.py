@@ -1,0 +1,22 @@
+"""State tracking in a grammar of 25 states, with gaps and noise, tested also with gaps longer than in training.
+
+  python -m experiments.tasks --config=selectivbench_tiny --outdir=runs/selectivbench_tiny
+
+Each mixer is trained once; with --config.data.kinds="('complexity','gaps','distractors')" on each of these.
+"""
+from configs.tasks._shared import RECURRENT
+from experiments.tasks.config import SelectivBenchConfig, TaskConfig
+from hnet import StageConfig
+
+
+def get_config():
+    data = SelectivBenchConfig(
+        kinds=("gaps", "generalisation"), alphabets=(6,), depth=4, num_shown=32, gaps=(1, 3),
+        first_distractor=8, longer_gaps=(6, 12))
+    stage = StageConfig(
+        width=64, encoder="", decoder="", num_heads=2, rotary_width=16, feed_forward_width=128,
+        ssm_state_size=16, ssm_head_width=32, ssm_chunk_size=32)
+    return TaskConfig(
+        data=data, stage=stage, mixers=("t", *RECURRENT), learning_rates=(5e-3,), num_steps=400, batch_size=16,
+        test_sequences=256, conv_taps=0,
+    ).to_config_dict()
