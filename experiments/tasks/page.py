@@ -62,48 +62,56 @@ def _footnote(results: list[Result]) -> str:
 def render_plot(chosen: Chosen, columns: Sequence[Column]) -> str:
     """Returns an .svg file with a panel per kind of column, and under them the accuracy in training.
 
-    A panel is a line per mixer over what its columns differ in, or a row per mixer where it has one column.
+    A panel is a line per mixer over what its columns differ in, or a row per mixer where it has one column. Mixers
+    that are not finished with all columns of a panel are left out of it.
     """
     panels: dict[str, list[Column]] = {}
     for column in columns:
         panels.setdefault(column.panel, []).append(column)
-    drawn = [_panel(title, each, chosen) for title, each in panels.items()]
+    ink = {mixer: index for index, mixer in enumerate(chosen)}
+    drawn = []
+    for title, each in panels.items():
+        shown = {mixer: runs for mixer, runs in chosen.items() if all(_percent(runs, column) for column in each)}
+        if shown:
+            drawn.append(_rows(each[0], shown, ink) if len(each) == 1 else _lines(title, each, shown, ink))
     settings = dict.fromkeys(run.setting for runs in chosen.values() for run in runs if run.curve)
     if len(settings) <= MOST_CURVES:
-        drawn += [_curves(setting, chosen) for setting in settings]
+        drawn += [_curves(setting, f" on {setting}" if len(settings) > 1 else "", chosen, ink)
+                  for setting in settings]
     return standalone(drawn)
 
 
-def _panel(title: str, columns: list[Column], chosen: Chosen) -> str:
-    if len(columns) == 1:
-        rows = []
-        for index, (mixer, runs) in enumerate(chosen.items()):
-            shares = np.array(_percent(runs, columns[0]))
-            titles = [f"seed {run.seed}: {share:.2f} %" for run, share in zip(runs, shares, strict=False)]
-            rows.append(Row(f"{mixer} {_mean_and_deviation(shares)}", shares, titles, colour(index)))
-        return row_plot(rows, x_label=f"right answers in per cent, {columns[0].name}: a dot per seed")
+def _rows(column: Column, shown: Chosen, ink: dict[str, int]) -> str:
+    rows = []
+    for mixer, runs in shown.items():
+        seeds = [run.seed for run in runs if column.name in run.test]
+        shares = _percent(runs, column)
+        titles = [f"seed {seed}: {share:.2f} %" for seed, share in zip(seeds, shares, strict=True)]
+        rows.append(Row(f"{mixer} {_mean_and_deviation(shares)}", np.array(shares), titles, colour(ink[mixer])))
+    return row_plot(rows, x_label=f"right answers in per cent, {column.name}: a dot per seed")
+
+
+def _lines(title: str, columns: list[Column], shown: Chosen, ink: dict[str, int]) -> str:
     columns = sorted(columns, key=lambda column: column.x)
-    x = np.array([column.x for column in columns])
-    series = []
-    for index, (mixer, runs) in enumerate(chosen.items()):
-        shares = np.array([_percent(runs, column) for column in columns])  # [columns, seeds]
-        band = shares.min(axis=1), shares.max(axis=1)
-        series.append(Series(mixer, x, shares.mean(axis=1), _kind(index), band=band))
+    x, series = np.array([column.x for column in columns]), []
+    for mixer, runs in shown.items():
+        shares = [_percent(runs, column) for column in columns]
+        mean, low, high = (np.array([of(each) for each in shares]) for of in (np.mean, min, max))
+        series.append(Series(mixer, x, mean, _kind(ink[mixer]), band=(low, high)))
     return line_plot(series, y_label=f"right answers in per cent: {title}", x_label="", from_zero=True)
 
 
-def _curves(setting: str, chosen: Chosen) -> str:
+def _curves(setting: str, where: str, chosen: Chosen, ink: dict[str, int]) -> str:
     series = []
-    for index, (mixer, runs) in enumerate(chosen.items()):
+    for mixer, runs in chosen.items():
         curves = [run.curve for run in runs if run.setting == setting]
         shared = min(map(len, curves), default=0)  # one that diverged is shorter
         y = 100 * np.array([[each.accuracy for each in curve[:shared]] for curve in curves])  # [seeds, calls]
         # Calls differ in what they draw from: their means over a part of training do not.
-        parts = np.array_split(np.arange(shared), min(shared, CURVE_POINTS) or 1)
-        x = np.array([curves[0][part[-1]].step for part in parts if len(part)])
-        means = np.array([y[:, part].mean() for part in parts if len(part)])
-        series.append(Series(mixer, x, means, _kind(index)))
-    return line_plot(series, y_label=f"right answers in per cent, in training on {setting}", from_zero=True)
+        parts = [part for part in np.array_split(np.arange(shared), CURVE_POINTS) if len(part)]
+        x = np.array([curves[0][part[-1]].step for part in parts])
+        series.append(Series(mixer, x, np.array([y[:, part].mean() for part in parts]), _kind(ink[mixer])))
+    return line_plot(series, y_label=f"right answers in per cent, in training{where}", from_zero=True)
 
 
 def _kind(index: int) -> str:

@@ -34,14 +34,6 @@ class Setting:
     input_size: int               # tokens, or features of a step
     num_classes: int
 
-    def source_of(self, call: int) -> int:
-        """Which source the steps of call number `call` draw from: what lags most behind its share."""
-        counts = [0] * len(self.shares)
-        for _ in range(call + 1):
-            chosen = min(range(len(counts)), key=lambda i: (counts[i] + 0.5) / self.shares[i])
-            counts[chosen] += 1
-        return chosen
-
 
 def settings_of(config: TaskConfig, seed: int) -> list[Setting]:
     """Returns the settings of an experiment, which are the same for every seed but for the grammars.

@@ -1,13 +1,15 @@
 """Trains one mixer in one setting: compiled once, and run for every learning rate and seed."""
+import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from experiments.config import OptimizerConfig, RunConfig
@@ -56,9 +58,8 @@ class Trainer:
 
     def train(self, seed: int, learning_rate: float) -> Iterator[tuple[TaskState, Measured]]:
         """Yields the state and what was measured after every call; stops early where the loss is not finite."""
-        state = self._init(seed)
-        for call in range(self.config.num_steps // self.config.steps_per_call):
-            sources, chosen = _of_same_length(self._sources, self.setting.source_of(call))
+        state, calls = self._init(seed), _sources_of_calls(self.setting, self.config.steps_per_call)
+        for sources, chosen in itertools.islice(calls, self.config.num_steps // self.config.steps_per_call):
             state, losses, right = self._train(state, seed, learning_rate, chosen, sources=sources)
             measured = Measured(int(state.step), float(jnp.mean(losses)), float(right))
             yield state, measured
@@ -85,12 +86,12 @@ class Trainer:
         return nn.unbox(self._model.init(key, example.inputs, example.segment_ids, example.positions))["params"]
 
     def _train_call(
-        self, state: TaskState, seed: jax.Array, learning_rate: jax.Array, chosen: jax.Array, *,
+        self, state: TaskState, seed: jax.Array, learning_rate: jax.Array, chosen_of_steps: jax.Array, *,
         sources: tuple[Source, ...],
     ) -> tuple[TaskState, jax.Array, jax.Array]:
         key = split_key(seed, "train")
 
-        def step(state, _):
+        def step(state, chosen):
             batch = sample_batch(sources, chosen, key, state.step, self.config.batch_size)
             (loss, logits), grads = jax.value_and_grad(self._loss, has_aux=True)(state.params, batch)
             updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
@@ -98,7 +99,7 @@ class Trainer:
             params = optax.apply_updates(state.params, jax.tree.map(lambda u: learning_rate * u, updates))
             return TaskState(state.step + 1, params, opt_state), (loss, *count_right(logits, batch))
 
-        state, (losses, right, asked) = jax.lax.scan(step, state, length=self.config.steps_per_call)
+        state, (losses, right, asked) = jax.lax.scan(step, state, chosen_of_steps)
         return state, losses, jnp.sum(right) / jnp.sum(asked)
 
     def _count_right(
@@ -118,6 +119,27 @@ class Trainer:
 
     def _apply(self, params: Any, batch: Examples) -> jax.Array:
         return self._model.apply({"params": params}, batch.inputs, batch.segment_ids, batch.positions)
+
+
+def _sources_of_calls(setting: Setting, num_steps: int) -> Iterator[tuple[tuple[Source, ...], np.ndarray]]:
+    """For each call without end: sources of one length, and the number among them of each step's source."""
+    by_length: dict[int, list[int]] = {}
+    for index, source in enumerate(setting.sources):
+        by_length.setdefault(source.length, []).append(index)
+    shares = [[setting.shares[index] for index in indices] for indices in by_length.values()]
+    members = [tuple(setting.sources[index] for index in indices) for indices in by_length.values()]
+    turns = [in_turn(each) for each in shares]
+    for group in in_turn([sum(each) for each in shares]):
+        yield members[group], np.array(list(itertools.islice(turns[group], num_steps)), np.int32)
+
+
+def in_turn(shares: Sequence[float]) -> Iterator[int]:
+    """Yields without end the index whose count lags most behind its share: 0 1 0 0 1 0 0 1 0 ... for (2, 1)."""
+    counts = [0] * len(shares)
+    while True:
+        chosen = min(range(len(shares)), key=lambda index: (counts[index] + 0.5) / shares[index])
+        counts[chosen] += 1
+        yield chosen
 
 
 def _of_same_length(sources: tuple[Source, ...], chosen: int) -> tuple[tuple[Source, ...], int]:
