@@ -12,11 +12,12 @@ from hnet import StageConfig
 def get_config():
     lengths, pairs = (64, 64, 64), (4, 8, 16)
     data = MQARConfig(
-        vocab_size=64, train_lengths=lengths, train_pairs=pairs, train_shares=(1.0, 1.0, 1.0),
+        vocab_size=48, train_lengths=lengths, train_pairs=pairs, train_shares=(1.0, 1.0, 1.0),
         test_lengths=lengths, test_pairs=pairs, random_non_queries=False)
     stage = StageConfig(
         width=64, encoder="", decoder="", num_heads=2, rotary_width=16, feed_forward_width=128,
-        ssm_state_size=16, ssm_head_width=32, ssm_chunk_size=32)
+        ssm_state_size=16, ssm_expand=1, ssm_head_width=32)
     return TaskConfig(
-        data=data, stage=stage, mixers=("t", *RECURRENT), learning_rates=(5e-3,), num_steps=800, batch_size=32,
+        data=data, stage=stage, mixers=("t", *RECURRENT), learning_rates=(5e-3,), schedule="wsd",
+        num_steps=600, batch_size=32,
     ).to_config_dict()

@@ -11,12 +11,13 @@ from hnet import StageConfig
 
 def get_config():
     data = SelectivBenchConfig(
-        kinds=("gaps", "generalisation"), alphabets=(6,), depth=4, num_shown=32, gaps=(1, 3),
+        kinds=("gaps", "generalisation"), alphabets=(6,), depth=4, num_shown=24, gaps=(1, 3),
         first_distractor=8, longer_gaps=(6, 12))
     stage = StageConfig(
         width=64, encoder="", decoder="", num_heads=2, rotary_width=16, feed_forward_width=128,
-        ssm_state_size=16, ssm_head_width=32, ssm_chunk_size=32)
+        ssm_state_size=16, ssm_expand=1, ssm_head_width=32)
     return TaskConfig(
-        data=data, stage=stage, mixers=("t", *RECURRENT), learning_rates=(5e-3,), num_steps=400, batch_size=16,
+        data=data, stage=stage, mixers=("t", *RECURRENT), learning_rates=(5e-3,), schedule="wsd",
+        num_steps=300, batch_size=16,
         test_sequences=256, conv_taps=0,
     ).to_config_dict()
