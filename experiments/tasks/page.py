@@ -55,7 +55,7 @@ def _footnote(results: list[Result]) -> str:
     return ("Right answers on test sequences in per cent: means over seeds, ± the sample standard deviation. "
             "Rate: of the learning rates tried with a mixer, the one with the best mean over all columns on "
             "validation sequences, which are not those of training or test. Parameters: of the largest model. "
-            f"Seconds: of the training steps of a run. {all_of(result.device for result in results)}, "
+            f"Seconds: of training a run, without compilation. {all_of(result.device for result in results)}, "
             f"Python {python}, jax {jax}, commit {commits}.")
 
 

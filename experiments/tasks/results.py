@@ -42,7 +42,7 @@ class Result:
     curve: list[Measured]         # of training, by rising step
     diverged_at: int              # the step by which the loss was not finite, which ended the run; 0 = none
     num_params: int
-    train_seconds: float          # of training steps, without what the first call takes to compile
+    train_seconds: float          # of all calls but the first, which compiles
     commit: str                   # and what else tells where the numbers come from
     is_dirty: bool
     device: str
