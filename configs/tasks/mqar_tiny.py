@@ -16,7 +16,7 @@ def get_config():
         test_lengths=lengths, test_pairs=pairs, random_non_queries=False)
     stage = StageConfig(
         width=64, encoder="", decoder="", num_heads=2, rotary_width=16, feed_forward_width=128,
-        ssm_state_size=16, ssm_expand=1, ssm_head_width=32)
+        ssm_state_size=8, ssm_expand=1, ssm_head_width=32)
     return TaskConfig(
         data=data, stage=stage, mixers=("t", *RECURRENT), learning_rates=(5e-3,), schedule="wsd",
         num_steps=600, batch_size=32,
