@@ -74,7 +74,7 @@ def checks(platform: str) -> Iterator[Check]:
         return jnp.asarray(rng.standard_normal(shape, np.float32))
 
     kernels = {"tpu": ("pallas_tpu",), "gpu": ("pallas_gpu",)}.get(platform, ())
-    attention = ("xla", *kernels, "auto")
+    attention, of_matrices = ("xla", *kernels, "auto"), ("chunkwise", *kernels, "auto")
     documents = jnp.asarray(np.sort(rng.integers(0, 4, (2, 700))), jnp.int32)
     for case, heads, key_heads, width, mask in (
             ("causal", 4, 4, 128, MaskSpec()),
@@ -95,7 +95,7 @@ def checks(platform: str) -> Iterator[Check]:
         return ssd_scan(x, log_decay, b, c, implementation=implementation)[0]
 
     inputs = normal(2, 300, 4, 32), normal(2, 300, 1, 16), normal(2, 300, 1, 16)
-    yield Check("ssd_scan", "300 tokens", scan, inputs, ("chunkwise",))
+    yield Check("ssd_scan", "300 tokens", scan, inputs, of_matrices)
     keys = normal(2, 200, 4, 32)
     keys = keys / jnp.linalg.norm(keys, axis=-1, keepdims=True)
     # A tenth of the gates are shut, as many wide open.
@@ -112,8 +112,8 @@ def checks(platform: str) -> Iterator[Check]:
         return diagonal_recurrence(x, log_a=hostile[:, :, 0], implementation=implementation)[0]
 
     inputs = normal(2, 200, 4, 32), keys, normal(2, 200, 4, 16)
-    yield Check("gated_linear_attention", "hostile gates", attention_per_channel, inputs, ("chunkwise",))
-    yield Check("gated_delta_rule", "hostile gates", delta_per_head, inputs, ("chunkwise",))
+    yield Check("gated_linear_attention", "hostile gates", attention_per_channel, inputs, of_matrices)
+    yield Check("gated_delta_rule", "hostile gates", delta_per_head, inputs, of_matrices)
     yield Check("diagonal_recurrence", "hostile gates", diagonal, (normal(2, 200, 32),),
                 ("associative", *kernels, "auto"))
     open_gates = -jnp.abs(normal(2, 1500, 200))

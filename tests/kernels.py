@@ -229,6 +229,10 @@ KERNELS |= {
         "tpu", MatrixCase("rwkv7", True, t=10, heads=1), MatrixCase("rwkv7", True, **_WIDE)),
     "matrix_recurrence, a delta rule with shared keys": _matrix(
         "tpu", MatrixCase("delta", t=10), MatrixCase("delta", **_NARROW)),
+    "matrix_recurrence in Triton, decays of heads": _matrix(
+        "triton", MatrixCase("attention"), MatrixCase("attention", **_WIDE), spill_bytes=16_000),
+    "matrix_recurrence in Triton, a delta rule with shared keys": _matrix(
+        "triton", MatrixCase("delta"), MatrixCase("delta", **_NARROW), spill_bytes=16_000),
 }
 
 

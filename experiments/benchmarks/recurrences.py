@@ -6,8 +6,8 @@
 tokens, for which the other way is jax.lax.associative_scan. `over_reference` is the time over that of the scan in
 the same pass: below 1 is faster. `temporary_mib` is what XLA sets aside beside inputs and outputs.
 
-On a GPU or TPU also the kernel for diagonal states, in 8 rows of 4096 tokens with 2048 channels: GB/s of the bytes
-that must be moved, and the time over that of a pass which only adds and moves as many.
+On a GPU or TPU also the kernels; and that for diagonal states in 8 rows of 4096 tokens with 2048 channels: GB/s of
+the bytes that must be moved, and the time over that of a pass which only adds and moves as many.
 """
 import argparse
 import functools
@@ -41,9 +41,8 @@ def main(argv: list[str]) -> None:
         for backward in (False, True):
             rows += measure(name, recur, inputs, implementations, backward, arguments.repeats)
     write_results("recurrences", rows, arguments.outdir)
-    kernel = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}.get(jax.devices()[0].platform)
-    if kernel is not None:
-        ways = ("reference", "associative", kernel)
+    if _kernels():
+        ways = ("reference", "associative", *_kernels())
         rows = [row for dtype in ("float32", "bfloat16")
                 for row in diagonal_bandwidth(ways, MEMORY_SHAPE, dtype, arguments.repeats)]
         write_results("diagonal_bandwidth", rows, arguments.outdir)
@@ -63,7 +62,7 @@ def recurrences() -> dict[str, tuple[Callable, tuple[jax.Array, ...], tuple[str,
     q, k, v = normal(*shape, WIDTH), unit(normal(*shape, WIDTH)), normal(*shape, WIDTH)
     beta, of_head = jax.nn.sigmoid(normal(*shape)), jax.nn.log_sigmoid(normal(*shape) + 2)
     of_channel = jax.nn.log_sigmoid(normal(*shape, WIDTH) + 2)
-    ways = ("reference", "chunkwise")
+    ways = ("reference", "chunkwise", *_kernels())
 
     def attention(implementation, q, k, v, decay):
         return gated_linear_attention(q, k, v, decay, implementation=implementation)[0]
@@ -86,6 +85,11 @@ def recurrences() -> dict[str, tuple[Callable, tuple[jax.Array, ...], tuple[str,
         "diagonal": (diagonal, (normal(*DIAGONAL_SHAPE), jax.nn.log_sigmoid(normal(*DIAGONAL_SHAPE) + 2)),
                      ("reference", "associative")),
     }
+
+
+def _kernels() -> tuple[str, ...]:
+    """Of this platform."""
+    return {"tpu": ("pallas_tpu",), "gpu": ("pallas_gpu",)}.get(jax.devices()[0].platform, ())
 
 
 def measure(

@@ -14,6 +14,8 @@ their border; and among the blocks of 1, 2, 4, ... tokens, every two tokens are 
                         x x x x . .
                         x x x x . .
 """
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
 from typing import NamedTuple
@@ -23,12 +25,22 @@ import jax.numpy as jnp
 import numpy as np
 
 NOTHING_LEFT = -1e30  # log of a decay to 0, whose sums stay finite
-precision = ContextVar("precision", default=jax.lax.Precision.HIGHEST)  # a kernel may know it by another name
+_exact = ContextVar("_exact", default=jax.lax.Precision.HIGHEST)
 
 
 def exact_matmul(x: jax.Array, y: jax.Array) -> jax.Array:
     """In float32."""
-    return jnp.matmul(x, y, precision=precision.get())
+    return jnp.matmul(x, y, precision=_exact.get())
+
+
+@contextmanager
+def exact_matmuls_as(precision: jax.lax.DotAlgorithmPreset) -> Iterator[None]:
+    """What is traced within asks for float32 by the name that suits its compiler."""
+    before = _exact.set(precision)
+    try:
+        yield
+    finally:
+        _exact.reset(before)
 
 
 class Decays(NamedTuple):

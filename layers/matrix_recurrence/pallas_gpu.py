@@ -4,7 +4,9 @@ Columns of a state know nothing of each other, so a program keeps its own in reg
 happens within one is `one_chunk`, and backwards its gradient, from the states that the forward pass wrote down.
 What all tiles read, queries, keys and decays, has a gradient from each of them, added up at the end.
 """
+import contextlib
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,17 +18,17 @@ from jax.experimental.pallas import triton as plgpu
 
 from layers.matrix_recurrence.by_heads import by_heads, gradients_of, head_first, like, summed, token_first
 from layers.matrix_recurrence.chunkwise import one_chunk
-from layers.matrix_recurrence.decays import precision
+from layers.matrix_recurrence.decays import exact_matmuls_as
 from layers.matrix_recurrence.tile_decays import TileDecays
 from layers.matrix_recurrence.tokens import Settings, Tokens
 
-CHUNK_OF_HEADS, CHUNK_OF_CHANNELS = 32, 16  # tokens, by what decays
 SMALLEST = 16         # of all sides of a matmul, which are powers of two
+CHUNK = SMALLEST      # tokens; with twice as many, keys of 128 numbers take more registers than there are
 TILE = 32             # columns of a state in a program
-WARPS = 4
-MAX_KEY_WIDTH = 256   # rows of it
+WARPS = 4             # all of which hold the keys of a chunk: more would leave no more registers for others
+MAX_KEY_WIDTH = 256   # rows of a state
 THREE_TF32 = lax.DotAlgorithmPreset.TF32_TF32_F32_X3  # float32 by tensor cores, for HIGHEST does without them
-MAX_SIZE = 2**31 - 1  # of an array: addresses are 32 bits
+MAX_SIZE = 2**31 - 1  # of an array, of which that of states is the largest: addresses are 32 bits
 
 
 def unsupported(tokens: Tokens) -> str | None:
@@ -36,10 +38,10 @@ def unsupported(tokens: Tokens) -> str | None:
             return f"{name} is {x.dtype.name}; float32, bfloat16 and float16 fit"
     if tokens.k.shape[-1] > MAX_KEY_WIDTH:
         return f"keys are {tokens.k.shape[-1]} wide; {MAX_KEY_WIDTH} is the most"
-    width = max(_power(tokens.k.shape[-1]), _power(tokens.v.shape[-1]))
-    size = tokens.v.size // tokens.v.shape[-1] * width
+    plan = _Plan.of(tokens)
+    size = math.prod(plan.heads) * plan.num_chunks * plan.key_width * plan.num_tiles * plan.tile
     if size > MAX_SIZE:
-        return f"arrays have {size} elements; the kernel can address {MAX_SIZE}"
+        return f"the states between chunks are {size} numbers; the kernel can address {MAX_SIZE}"
     return None
 
 
@@ -49,7 +51,7 @@ def forward(
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Every o_t, the last state, and, to be kept, the states that enter the chunks [b, g, r, chunks, k, v]."""
     plan = _Plan.of(tokens)
-    arrays, initial = plan.widened(by_heads(tokens, plan.chunk)), plan.widened_state(state)
+    arrays, initial = plan.widened(by_heads(tokens, CHUNK)), plan.widened_state(state)
     states = like(initial, (*initial.shape[:3], plan.num_chunks, *initial.shape[3:]), jnp.float32)
     outputs = (like(arrays.v, arrays.v.shape, arrays.v.dtype), like(initial, initial.shape, jnp.float32),
                states if keep_states else None)
@@ -66,8 +68,8 @@ def backward(
 ) -> tuple[Tokens, jax.Array]:
     """The gradients of the tokens and of the state that enters the first."""
     plan = _Plan.of(tokens)
-    arrays, at_end = plan.widened(by_heads(tokens, plan.chunk)), plan.widened_state(d_last)
-    do = _padded(head_first(do, plan.chunk), arrays.v.shape[4])
+    arrays, at_end = plan.widened(by_heads(tokens, CHUNK)), plan.widened_state(d_last)
+    do = _padded(head_first(do, CHUNK), arrays.v.shape[4])
     gradients = plan.of_each_tile(gradients_of(arrays, tokens.v.shape[3]))
     gradients, d_state = _launch(
         _backward_kernel, settings, plan, inputs=(arrays, states, do, at_end),
@@ -83,7 +85,6 @@ class _Plan(NamedTuple):
 
     heads: tuple[int, int, int]  # b, g, r
     num_chunks: int
-    chunk: int                   # tokens
     key_width: int               # with zeros beside the real ones, as num_tiles * tile
     num_tiles: int
     tile: int                    # columns of a state
@@ -91,9 +92,8 @@ class _Plan(NamedTuple):
     @classmethod
     def of(cls, tokens: Tokens) -> "_Plan":
         batch, length, groups, in_group, width = tokens.v.shape
-        chunk = CHUNK_OF_HEADS if tokens.log_decay.shape[-1] == 1 else CHUNK_OF_CHANNELS
         tile = min(TILE, _power(width))
-        return cls((batch, groups, in_group), pl.cdiv(length, chunk), chunk, _power(tokens.k.shape[-1]),
+        return cls((batch, groups, in_group), pl.cdiv(length, CHUNK), _power(tokens.k.shape[-1]),
                    pl.cdiv(width, tile), tile)
 
     def widened(self, arrays: Tokens) -> Tokens:
@@ -142,9 +142,9 @@ def _forward_kernel(settings: Settings, plan: _Plan, tokens: Tokens, initial, o,
     def turn(i, state):
         if states is not None:
             states[i] = state
-        # The rule for a function with a gradient of its own is there for what `vjp` makes of it.
-        (state, o_chunk), _ = jax.vjp(functools.partial(_chunk, settings), state, _read(tokens, i, plan))
-        o[_rows(i, plan), :] = o_chunk.astype(o.dtype)
+        # By `vjp`, as Triton has a rule for what that makes of a function with a gradient of its own.
+        (state, o_chunk), _ = jax.vjp(functools.partial(_chunk, settings), state, _read(tokens, i))
+        o[_rows(i), :] = o_chunk.astype(o.dtype)
         return state
 
     last[...] = lax.fori_loop(0, plan.num_chunks, turn, initial[...])
@@ -153,10 +153,10 @@ def _forward_kernel(settings: Settings, plan: _Plan, tokens: Tokens, initial, o,
 def _backward_kernel(settings: Settings, plan: _Plan, tokens: Tokens, states, do, d_last, gradients, d_state):
     def turn(step, d_after):
         i = plan.num_chunks - 1 - step
-        _, pull_back = jax.vjp(functools.partial(_chunk, settings), states[i], _read(tokens, i, plan))
-        d_before, of_chunk = pull_back((d_after, do[_rows(i, plan), :].astype(jnp.float32)))
+        _, pull_back = jax.vjp(functools.partial(_chunk, settings), states[i], _read(tokens, i))
+        d_before, of_chunk = pull_back((d_after, do[_rows(i), :].astype(jnp.float32)))
         for ref, gradient in zip(jax.tree.leaves(gradients), jax.tree.leaves(of_chunk), strict=True):
-            ref[_place(ref, i, plan)] = gradient.astype(ref.dtype)
+            ref[_place(ref, i)] = gradient.astype(ref.dtype)
         return d_before
 
     d_state[...] = lax.fori_loop(0, plan.num_chunks, turn, d_last[...])
@@ -166,17 +166,17 @@ def _chunk(settings: Settings, state: jax.Array, tokens: Tokens) -> tuple[jax.Ar
     return one_chunk(settings, state, tokens, TileDecays.of)
 
 
-def _read(tokens: Tokens, i: jax.Array, plan: _Plan) -> Tokens:
-    return jax.tree.map(lambda ref: ref[_place(ref, i, plan)].astype(jnp.float32), tokens)
+def _read(tokens: Tokens, i: jax.Array) -> Tokens:
+    return jax.tree.map(lambda ref: ref[_place(ref, i)].astype(jnp.float32), tokens)
 
 
-def _place(ref: Any, i: jax.Array, plan: _Plan) -> Any:
+def _place(ref: Any, i: jax.Array) -> Any:
     """Where the i-th chunk is: in rows of a chunk each [chunks, 1, c], or of a token [chunks * c, width]."""
-    return i if len(ref.shape) == 3 else (_rows(i, plan), slice(None))
+    return i if len(ref.shape) == 3 else (_rows(i), slice(None))
 
 
-def _rows(i: jax.Array, plan: _Plan) -> pl.Slice:
-    return pl.ds(i * plan.chunk, plan.chunk)
+def _rows(i: jax.Array) -> pl.Slice:
+    return pl.ds(i * CHUNK, CHUNK)
 
 
 def _launch(
@@ -187,10 +187,9 @@ def _launch(
     out_shape, out_structure = jax.tree.flatten(outputs)
 
     def body(*refs):
-        before = precision.set(precision.get() if settings.interpret else THREE_TF32)
-        kernel(settings, plan, *jax.tree.unflatten(structure, refs[: len(arrays)]),
-               *jax.tree.unflatten(out_structure, refs[len(arrays):]))
-        precision.reset(before)
+        with contextlib.nullcontext() if settings.interpret else exact_matmuls_as(THREE_TF32):
+            kernel(settings, plan, *jax.tree.unflatten(structure, refs[: len(arrays)]),
+                   *jax.tree.unflatten(out_structure, refs[len(arrays):]))
 
     results = pl.pallas_call(
         body, grid=(*plan.heads, plan.num_tiles), in_specs=jax.tree.leaves(in_specs),
