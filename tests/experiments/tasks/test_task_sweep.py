@@ -137,7 +137,7 @@ def test_strings_of_a_grammar_are_learned_from():
 @pytest.mark.slow
 def test_attention_recalls():
     fields = load_config("mqar_tiny", [], directory=CONFIGS).to_dict()
-    config = TaskConfig.from_config_dict(fields | {"mixers": ("t",)})
+    config = TaskConfig.from_config_dict(fields | {"mixers": ("t",), "num_steps": 1000})
     [setting] = settings_of(config, 0)
     trainer = Trainer(config, "t", setting)
     *_, (state, _) = trainer.train(0, config.learning_rates[0])
