@@ -20,7 +20,7 @@ import numpy as np
 from einops import rearrange
 
 from layers.array_types import Array, Float, Int, typed
-from layers.matrix_recurrence.decays import NOTHING_LEFT
+from layers.log_decay import NOTHING_LEFT
 from layers.segments import segment_ordinals, segment_positions, segment_starts
 
 LogLinearImplementation = Literal["auto", "reference", "ladder"]

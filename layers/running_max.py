@@ -3,9 +3,8 @@ import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Float, Int, typed
+from layers.log_decay import NOTHING_LEFT
 from layers.segment_states import FIRST, PADDING, over_segments
-
-NOTHING = -1e30  # of which a sum stays finite
 
 
 @typed
@@ -27,9 +26,9 @@ def fading_max_before(
         x, f = tokens
         if marks is not None:
             is_real, begins = (marks != PADDING)[..., None], (marks == FIRST)[..., None]
-            x, f = jnp.where(is_real, x, NOTHING), jnp.where(is_real, f, 0)
+            x, f = jnp.where(is_real, x, NOTHING_LEFT), jnp.where(is_real, f, 0)
             # From 0: what was before falls without end.
-            x, f = jnp.where(begins, jnp.maximum(x, f), x), jnp.where(begins, NOTHING, f)
+            x, f = jnp.where(begins, jnp.maximum(x, f), x), jnp.where(begins, NOTHING_LEFT, f)
         # A scan is fastest on a CPU and slowest elsewhere.
         m = jax.lax.platform_dependent(x, f, initial, cpu=_sequential, default=_associative)
         before = jnp.concatenate([initial[:, None], m[:, :-1]], axis=1)

@@ -11,6 +11,7 @@ from layers.context_parallel import Summary, varying_like
 from layers.diagonal_recurrence import pallas_gpu, pallas_tpu, xla
 from layers.diagonal_recurrence.parts import Parts, Settings, decay, joined, split
 from layers.diagonal_recurrence.reference import sequential
+from layers.log_decay import check_log_decay
 from layers.segment_states import PADDING, Shards, over_segments
 
 DiagonalImplementation = Literal["auto", "reference", "associative", "pallas_tpu", "pallas_gpu"]
@@ -54,11 +55,13 @@ def diagonal_recurrence(
         `gated_linear_attention`.
       interpret: for the kernels, True or parameters of one of Pallas's interpreters: run on any machine, slowly.
     Raises:
-      ValueError: both of a and log_a are given, or neither.
+      ValueError: both of a and log_a are given, or neither; or, under `jax.debug_nans`, log_a > 0.
       NotImplementedError: the implementation asked for lacks this case; the message says why.
     """
     if (a is None) == (log_a is None):
         raise ValueError("give exactly one of a and log_a")
+    if log_a is not None:
+        check_log_decay(log_a, "log_a")
     gate = log_a if a is None else a
     is_complex = any(jnp.iscomplexobj(z) for z in (x, gate, initial_state) if z is not None)
     dtype = jnp.complex64 if is_complex else jnp.float32

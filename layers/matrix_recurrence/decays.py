@@ -24,7 +24,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-NOTHING_LEFT = -1e30  # log of a decay to 0, whose sums stay finite
 _exact = ContextVar("_exact", default=jax.lax.Precision.HIGHEST)
 
 

@@ -20,9 +20,10 @@ import jax
 import jax.numpy as jnp
 
 from layers.context_parallel import Summary, varying_like
+from layers.log_decay import NOTHING_LEFT, check_log_decay
 from layers.matrix_recurrence import pallas_gpu, pallas_tpu
 from layers.matrix_recurrence.chunkwise import chunkwise
-from layers.matrix_recurrence.decays import NOTHING_LEFT, exact_matmul
+from layers.matrix_recurrence.decays import exact_matmul
 from layers.matrix_recurrence.reference import sequential
 from layers.matrix_recurrence.tokens import Settings, Tokens
 from layers.segment_states import FIRST, PADDING, Shards, over_segments
@@ -31,6 +32,7 @@ MatrixImplementation = Literal["auto", "reference", "chunkwise", "pallas_tpu", "
 MODULES = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
 KERNELS = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}  # what "auto" runs on a platform, if it can
 FORMS = {"reference": sequential, "chunkwise": chunkwise}
+MOST_HEADS = 256  # more than there are tokens look like a mistaken axis
 logger = logging.getLogger(__name__)
 
 
@@ -60,6 +62,9 @@ def matrix_recurrence(
     check_log_decay(tokens.log_decay)
     batch, length, groups, in_group = tokens.v.shape[:4]
     heads = groups * in_group
+    if 1 < length < heads and heads > MOST_HEADS:
+        _warn_once(f"v has {heads} heads of {length} tokens: arrays are time first, [b, t, heads, width]; if "
+                   "these are [b, heads, t, width], swap axes 1 and 2")
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, tokens.k.shape[-1], tokens.v.shape[-1]), jnp.float32)
     settings = Settings(scale, reads_before, chunk_size, interpret)
@@ -198,15 +203,9 @@ def _log_once(message: str) -> None:
     logger.info(message)
 
 
-def check_log_decay(log_decay: jax.Array) -> None:
-    """Under `jax.debug_nans`, refuses decays that make a state grow: outputs overflow many tokens later."""
-    def check(largest):
-        if largest > 0:
-            raise ValueError(
-                f"log_decay is as large as {float(largest)}; it is the natural log of a decay, at most 0")
-
-    if jax.config.jax_debug_nans:
-        jax.debug.callback(check, jnp.max(log_decay))
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def per_group(x: jax.Array, v: jax.Array, name: str) -> jax.Array:

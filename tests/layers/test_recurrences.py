@@ -359,9 +359,22 @@ def test_what_does_not_fit_is_refused():
         gated_linear_attention(x["q"], x["k"], x["v"], chunk_size=0)
 
 
+def test_what_looks_like_heads_before_time_is_said_once(caplog):
+    heads_first = jnp.ones((1, 2, 300, 3))
+    jax.eval_shape(gated_linear_attention, heads_first, heads_first, heads_first)
+    assert "v has 300 heads of 2 tokens: arrays are time first" in caplog.text
+    caplog.clear()
+    jax.eval_shape(gated_linear_attention, heads_first, heads_first, heads_first)
+    time_first = jnp.swapaxes(heads_first, 1, 2)
+    jax.eval_shape(gated_linear_attention, time_first, time_first, time_first)
+    assert not caplog.records
+
+
 def test_a_positive_log_decay_is_refused_where_nans_are_looked_for():
     x = _inputs(7, "head")
     refused = pytest.raises(ValueError, match=r"as large as 0\.5; it is the natural log of a decay")
+    with jax.debug_nans(True), refused:
+        jax.block_until_ready(diagonal_recurrence(x["g"], log_a=x["g"].at[1, 3].set(0.5)))
     with jax.debug_nans(True), refused:
         jax.block_until_ready(gated_linear_attention(x["q"], x["k"], x["v"], x["g"].at[0, 3, 1].set(0.5)))
 
