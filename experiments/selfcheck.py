@@ -22,8 +22,10 @@ from layers import (
     MaskSpec,
     block_sparse_attention,
     diagonal_recurrence,
+    dplr_recurrence,
     gated_delta_rule,
     gated_linear_attention,
+    log_linear_attention,
     smooth,
     ssd_scan,
 )
@@ -114,6 +116,20 @@ def checks(platform: str) -> Iterator[Check]:
     inputs = normal(2, 200, 4, 32), keys, normal(2, 200, 4, 16)
     yield Check("gated_linear_attention", "hostile gates", attention_per_channel, inputs, of_matrices)
     yield Check("gated_delta_rule", "hostile gates", delta_per_head, inputs, of_matrices)
+
+    def delta_per_channel(implementation, q, k, v):
+        return gated_delta_rule(q, k, v, None, hostile, implementation=implementation)[0]
+
+    def low_rank(implementation, r, k, v):
+        return dplr_recurrence(r, hostile, k, v, -k, 0.5 * k, implementation=implementation)[0]
+
+    def log_linear(implementation, q, k, v):
+        scales = jnp.cos(jnp.arange(2 * 200 * 4 * 9, dtype=jnp.float32)).reshape(2, 200, 4, 9)
+        return log_linear_attention(q, k, v, hostile[..., 0], scales, implementation=implementation)
+
+    yield Check("gated_delta_rule", "hostile gates, per channel", delta_per_channel, inputs, of_matrices)
+    yield Check("dplr_recurrence", "hostile gates", low_rank, inputs, of_matrices)
+    yield Check("log_linear_attention", "hostile gates", log_linear, inputs, ("ladder",))
     yield Check("diagonal_recurrence", "hostile gates", diagonal, (normal(2, 200, 32),),
                 ("associative", *kernels, "auto"))
     open_gates = -jnp.abs(normal(2, 1500, 200))
