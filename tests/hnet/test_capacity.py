@@ -42,9 +42,9 @@ def counts(full):
 
 @pytest.mark.parametrize("fields", [
     dict(capacity=0.1, overflow="grow", grow_to=(0.8, 0.9, 1.0)),
-    dict(capacity=0.1, overflow="grow", packed=True),
     dict(capacity=0.8, overflow="error", packed=True),
-    dict(capacity=0.8, overflow="error"),
+    pytest.param(dict(capacity=0.1, overflow="grow", packed=True), marks=pytest.mark.slow),
+    pytest.param(dict(capacity=0.8, overflow="error"), marks=pytest.mark.slow),
 ])
 def test_any_way_that_fits_equals_full_capacity_in_value_and_gradient(fields, full):
     config = CONFIG.with_stages(**fields)

@@ -92,6 +92,7 @@ def test_generate_refuses_empty_prompts_and_missing_seeds():
         next(generate(MODEL, PARAMS, [[1], [2]], num_tokens=1, seeds=[0]))
 
 
+@pytest.mark.slow  # the model reads prompts in pieces in test_decode.py
 def test_long_prompts_are_read_in_pieces_with_the_same_result(monkeypatch):
     prompts = [list(range(40)), [7], list(range(17))]
     expected = _generate(prompts)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from layers import MLSTM, MLSTMMemory, mlstm
-from layers.running_max import NOTHING, _associative, _sequential, fading_max_before
+from layers.log_decay import NOTHING_LEFT
+from layers.running_max import _associative, _sequential, fading_max_before
 from tests.carried_state import HALF, assert_state_is_carried
 from tests.golden_cases import assert_golden_case, golden_case
 from tests.inputs import Draw
@@ -40,7 +41,7 @@ def test_sigmoid_gates_are_those_of_the_official_vectors():
 def test_the_running_maximum_is_one_of_its_two_forms():
     draw = Draw(1)
     x, f, initial = 10 * draw(2, 37, 3), -(draw(2, 37, 3) ** 2), draw(2, 3)
-    f, x = f.at[0, 5].set(NOTHING), x.at[1, 7].set(NOTHING)
+    f, x = f.at[0, 5].set(NOTHING_LEFT), x.at[1, 7].set(NOTHING_LEFT)
     np.testing.assert_allclose(
         jax.jit(_associative)(x, f, initial), jax.jit(_sequential)(x, f, initial), rtol=1e-5, atol=1e-5)
 
