@@ -1,6 +1,7 @@
 """Attention over listed blocks of keys: the public function, its gradient, and which implementation runs."""
 import functools
 import logging
+from types import ModuleType
 from typing import Any, Literal
 
 import jax
@@ -10,14 +11,13 @@ from jax.sharding import Mesh, PartitionSpec
 
 from layers.array_types import Array, Float, typed
 from layers.block_lists import BlockLists
-from layers.block_sparse_attention import pallas_gpu, pallas_tpu, xla
+from layers.block_sparse_attention import xla
 from layers.block_sparse_attention.reference import attention_reference
 from layers.block_sparse_attention.tiles import Settings, Sizes, Tiles, make_tiles
+from layers.kernels import KERNELS, kernel_module, log_once
 from layers.mask_spec import SELECT_BITS, MaskSpec, add_sinks, pad_tokens
 
 BlockSparseImplementation = Literal["auto", "reference", "xla", "pallas_tpu", "pallas_gpu"]
-MODULES = {"xla": xla, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
-KERNELS = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}  # what "auto" runs on a platform, if it can
 CAUSAL = MaskSpec()
 logger = logging.getLogger(__name__)
 
@@ -159,7 +159,7 @@ def _settings(q, k, v, blocks, mask, implementation, interpret) -> Settings:
         implementation=implementation, interpret=interpret)
     if implementation in KERNELS.values():
         sizes = Sizes(*there, heads, blocks.ids.shape[-1], q.dtype, width, v.shape[-1])
-        reason = MODULES[implementation].unsupported(settings, sizes)
+        reason = _module(implementation).unsupported(settings, sizes)
         if reason is not None:
             raise NotImplementedError(f'implementation="{implementation}": {reason}')
     return settings
@@ -206,7 +206,7 @@ def _backward(settings, *arrays):
 def _run(direction: str, settings: Settings, q, k, v, tiles, *others):
     """The implementation asked for; for "auto" that of the platform which the program is lowered for."""
     def of(name):
-        return functools.partial(getattr(MODULES[name], direction), settings)
+        return functools.partial(getattr(_module(name), direction), settings)
 
     if settings.implementation != "auto":
         return of(settings.implementation)(q, k, v, tiles, *others)
@@ -215,17 +215,16 @@ def _run(direction: str, settings: Settings, q, k, v, tiles, *others):
     sizes = Sizes(num_query_blocks, num_key_blocks, num_lists, room, q.dtype, q.shape[-1], v.shape[-1])
     ways = {}
     for platform, name in KERNELS.items():
-        reason = MODULES[name].unsupported(settings, sizes)
+        reason = _module(name).unsupported(settings, sizes)
         if reason is None:
             ways[platform] = of(name)
         else:
-            _log_once(f"block_sparse_attention runs as xla on {platform}: {reason}")
+            log_once(logger, f"block_sparse_attention runs as xla on {platform}: {reason}")
     return jax.lax.platform_dependent(q, k, v, tiles, *others, **ways, default=of("xla"))
 
 
-@functools.cache
-def _log_once(message: str) -> None:
-    logger.info(message)
+def _module(implementation: str) -> ModuleType:
+    return xla if implementation == "xla" else kernel_module("block_sparse_attention", implementation)
 
 
 @functools.cache

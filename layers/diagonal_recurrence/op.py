@@ -8,15 +8,14 @@ import jax.numpy as jnp
 
 from layers.array_types import Array, Float, Inexact, Int, typed
 from layers.context_parallel import Summary, varying_like
-from layers.diagonal_recurrence import pallas_gpu, pallas_tpu, xla
+from layers.diagonal_recurrence import xla
 from layers.diagonal_recurrence.parts import Parts, Settings, decay, joined, split
 from layers.diagonal_recurrence.reference import sequential
+from layers.kernels import KERNELS, kernel_module, log_once, spread_over
 from layers.log_decay import check_log_decay
 from layers.segment_states import PADDING, Shards, over_segments
 
 DiagonalImplementation = Literal["auto", "reference", "associative", "pallas_tpu", "pallas_gpu"]
-MODULES = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
-KERNELS = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}  # what "auto" runs on a platform, if it can
 SCANS = {"reference": sequential, "associative": xla.associative}
 logger = logging.getLogger(__name__)
 
@@ -123,10 +122,10 @@ def _run(direction: str, settings: Settings, h: Parts, gate: Parts, *others) -> 
     def of(name):
         if name in SCANS:
             return functools.partial(getattr(xla, direction), SCANS[name], settings)
-        return functools.partial(getattr(MODULES[name], direction), settings)
+        return functools.partial(getattr(kernel_module("diagonal_recurrence", name), direction), settings)
 
     def problem(name):
-        return _spread_over() or MODULES[name].unsupported(settings, h, gate)
+        return spread_over() or kernel_module("diagonal_recurrence", name).unsupported(settings, h, gate)
 
     if settings.implementation != "auto":
         reason = problem(settings.implementation)
@@ -139,17 +138,5 @@ def _run(direction: str, settings: Settings, h: Parts, gate: Parts, *others) -> 
         if reason is None:
             ways[platform] = of(name)
         else:
-            _log_once(f"diagonal_recurrence runs as associative on {platform}: {reason}")
+            log_once(logger, f"diagonal_recurrence runs as associative on {platform}: {reason}")
     return jax.lax.platform_dependent(h, gate, *others, **ways, default=of("associative"))
-
-
-def _spread_over() -> str | None:
-    """Why a kernel cannot run under the mesh in use: the compiler splits none by itself; None if it need not."""
-    mesh = jax.sharding.get_abstract_mesh()
-    sizes = {name: size for name, size in mesh.shape.items() if size > 1 and name not in mesh.manual_axes}
-    return f"arrays may be spread over a mesh of {sizes}; call it inside jax.shard_map" if sizes else None
-
-
-@functools.cache
-def _log_once(message: str) -> None:
-    logger.info(message)

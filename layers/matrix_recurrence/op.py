@@ -14,14 +14,15 @@ inert: it decays by nothing, writes nothing, and reads 0. What else segments mea
 import functools
 import logging
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from layers.context_parallel import Summary, varying_like
+from layers.kernels import KERNELS, kernel_module, log_once, spread_over
 from layers.log_decay import NOTHING_LEFT, check_log_decay
-from layers.matrix_recurrence import pallas_gpu, pallas_tpu
 from layers.matrix_recurrence.chunkwise import chunkwise
 from layers.matrix_recurrence.decays import exact_matmul
 from layers.matrix_recurrence.reference import sequential
@@ -29,8 +30,6 @@ from layers.matrix_recurrence.tokens import Settings, Tokens
 from layers.segment_states import FIRST, PADDING, Shards, over_segments
 
 MatrixImplementation = Literal["auto", "reference", "chunkwise", "pallas_tpu", "pallas_gpu"]
-MODULES = {"pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
-KERNELS = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}  # what "auto" runs on a platform, if it can
 FORMS = {"reference": sequential, "chunkwise": chunkwise}
 MOST_HEADS = 256  # more than there are tokens look like a mistaken axis
 logger = logging.getLogger(__name__)
@@ -63,8 +62,8 @@ def matrix_recurrence(
     batch, length, groups, in_group = tokens.v.shape[:4]
     heads = groups * in_group
     if 1 < length < heads and heads > MOST_HEADS:
-        _warn_once(f"v has {heads} heads of {length} tokens: arrays are time first, [b, t, heads, width]; if "
-                   "these are [b, heads, t, width], swap axes 1 and 2")
+        log_once(logger, f"v has {heads} heads of {length} tokens: arrays are time first, [b, t, heads, width]; "
+                 "if these are [b, heads, t, width], swap axes 1 and 2", logging.WARNING)
     if initial_state is None:
         initial_state = jnp.zeros((batch, heads, tokens.k.shape[-1], tokens.v.shape[-1]), jnp.float32)
     settings = Settings(scale, reads_before, chunk_size, interpret)
@@ -92,8 +91,8 @@ def _run(
         if reason is not None:
             raise NotImplementedError(f'implementation="{implementation}": {reason}')
         return _kernel(implementation, settings, inert, state)
-    _log_once("matrix recurrences run as the kernel of a TPU or GPU; else by chunks where differentiated, and "
-              "by tokens where not")
+    log_once(logger, "matrix recurrences run as the kernel of a TPU or GPU; else by chunks where differentiated, "
+             "and by tokens where not")
     return _auto(settings, inert, state) if tokens.v.shape[1] > 1 else sequential(inert, state, settings)
 
 
@@ -140,16 +139,16 @@ def _apply(transition: jax.Array, state: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _kernel(name: str, settings: Settings, tokens: Tokens, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return MODULES[name].forward(settings, tokens, state, keep_states=False)[:2]
+    return _module(name).forward(settings, tokens, state, keep_states=False)[:2]
 
 
 def _kernel_fwd(name, settings, tokens, state):
-    o, last, states = MODULES[name].forward(settings, tokens, state, keep_states=True)
+    o, last, states = _module(name).forward(settings, tokens, state, keep_states=True)
     return (o, last), (tokens, states)
 
 
 def _kernel_bwd(name, settings, residuals, cotangents):
-    return MODULES[name].backward(settings, *residuals, *cotangents)
+    return _module(name).backward(settings, *residuals, *cotangents)
 
 
 _kernel.defvjp(_kernel_fwd, _kernel_bwd)
@@ -184,28 +183,18 @@ def _by_platform(
         if reason is None:
             ways[platform] = functools.partial(_kernel, name, settings)
         else:
-            _log_once(f"matrix recurrences run as chunkwise on {platform}: {reason}")
+            log_once(logger, f"matrix recurrences run as chunkwise on {platform}: {reason}")
     default = functools.partial(chunkwise, settings=settings)
     return jax.lax.platform_dependent(tokens, state, **ways, default=default)
 
 
 def _problem(name: str, tokens: Tokens) -> str | None:
     """Why a kernel cannot run such a call; None if it can."""
-    mesh = jax.sharding.get_abstract_mesh()
-    sizes = {axis: size for axis, size in mesh.shape.items() if size > 1 and axis not in mesh.manual_axes}
-    if sizes:  # the compiler splits no kernel by itself
-        return f"arrays may be spread over a mesh of {sizes}; call it inside jax.shard_map"
-    return MODULES[name].unsupported(tokens)
+    return spread_over() or _module(name).unsupported(tokens)
 
 
-@functools.cache
-def _log_once(message: str) -> None:
-    logger.info(message)
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
+def _module(name: str) -> ModuleType:
+    return kernel_module("matrix_recurrence", name)
 
 
 def per_group(x: jax.Array, v: jax.Array, name: str) -> jax.Array:

@@ -17,8 +17,8 @@ from layers import (
     pack_row_select,
     sharded_block_sparse_attention,
 )
-from layers.block_sparse_attention import op
 from layers.block_sparse_attention.reference import attention_reference
+from layers.kernels import log_once
 from tests.assertions import assert_matches
 from tests.layers.block_sparse_attention.cases import Case, draw_inputs, values_and_gradients
 
@@ -130,7 +130,7 @@ def test_auto_takes_the_hopper_kernel_on_a_hopper_gpu_alone(device, has_kernel):
 
 
 def test_auto_says_once_why_a_platform_goes_without_its_kernel(caplog):
-    op._log_once.cache_clear()
+    log_once.cache_clear()
     inputs = draw_inputs(CASE)  # blocks of 16
     with caplog.at_level(logging.INFO):
         for _ in range(2):
