@@ -20,6 +20,7 @@ import numpy as np
 from einops import rearrange
 
 from layers.array_types import Array, Float, Int, typed
+from layers.exact import exact_einsum
 from layers.log_decay import NOTHING_LEFT
 from layers.segments import segment_ordinals, segment_positions, segment_starts
 
@@ -87,8 +88,8 @@ def all_pairs(q, k, v, log_decay, level_scales, position) -> jax.Array:
     level = jnp.minimum(level, level_scales.shape[3] - 1)[:, None]
     scale = jnp.take_along_axis(jnp.swapaxes(level_scales, 1, 2), level, axis=3)
     decay = _decays(jnp.swapaxes(log_decay, 1, 2))
-    weights = scale * decay * _dot("bihk,bjhk->bhij", q, k)
-    return _dot("bhij,bjhv->bihv", weights, v)
+    weights = scale * decay * exact_einsum("bihk,bjhk->bhij", q, k)
+    return exact_einsum("bhij,bjhv->bihv", weights, v)
 
 
 def ladder(q, k, v, log_decay, level_scales) -> jax.Array:
@@ -122,10 +123,10 @@ def _within_chunks(size, q, k, v, log_decay, level_scales):
         chunks(x, axis) for x, axis in ((q, 2), (k, 2), (v, 3), (log_decay, 3), (level_scales, 3)))
     is_level = jax.nn.one_hot(_bit_length(np.arange(size)[:, None] ^ np.arange(size)), level_scales.shape[-1])
     decay = _decays(log_decay)  # [b, g, r, n, i, j]
-    scale = _dot("bgrnil,ijl->bgrnij", level_scales, is_level)
-    pairs = _dot("bgnik,bgnjk->bgnij", q, k)[:, :, None]
-    o = _dot("bgrnij,bgrnjv->bgrniv", scale * decay * pairs, v)
-    state = _dot("bgnjk,bgrnjv->bgrnkv", k, decay[..., -1, :, None] * v)
+    scale = exact_einsum("bgrnil,ijl->bgrnij", level_scales, is_level)
+    pairs = exact_einsum("bgnik,bgnjk->bgnij", q, k)[:, :, None]
+    o = exact_einsum("bgrnij,bgrnjv->bgrniv", scale * decay * pairs, v)
+    state = exact_einsum("bgnjk,bgrnjv->bgrnkv", k, decay[..., -1, :, None] * v)
     from_start = jnp.cumsum(log_decay, axis=-1)
     return o.reshape(*o.shape[:3], -1, o.shape[-1]), state, from_start.reshape(*from_start.shape[:3], -1)
 
@@ -147,7 +148,7 @@ def _from_first_halves(q, scale, state, from_start):
     early_state, late_state = rearrange(state, "b g r (n two) k v -> two b g r n k v", two=2)
 
     weight = late_scale * jnp.exp(late_sum)
-    read = weight[..., None] * _dot("bgnik,bgrnkv->bgrniv", late_q, early_state)
+    read = weight[..., None] * exact_einsum("bgnik,bgrnkv->bgrniv", late_q, early_state)
     read = rearrange(jnp.stack([jnp.zeros_like(read), read]), "two b g r n i v -> b g r (n two i) v")
     state = jnp.exp(late_sum[..., -1, None, None]) * early_state + late_state
     from_start = jnp.stack([early_sum, early_sum[..., -1:] + late_sum])
@@ -184,7 +185,3 @@ def _aligned_places(segment_ids: jax.Array) -> jax.Array:
 def _bit_length(x: jax.Array) -> jax.Array:
     """How many bits the binary number x >= 0 has; 0 for 0."""
     return 32 - jax.lax.clz(jnp.asarray(x, jnp.int32))
-
-
-def _dot(axes: str, *arrays: jax.Array) -> jax.Array:
-    return jnp.einsum(axes, *arrays, precision=jax.lax.Precision.HIGHEST)

@@ -7,6 +7,7 @@ from einops import rearrange
 
 from layers.array_types import Array, Float, Inexact, Int, typed
 from layers.diagonal_recurrence import DiagonalImplementation, diagonal_recurrence
+from layers.exact import exact_einsum
 from layers.state_space import discretize
 
 S4DImplementation = DiagonalImplementation | Literal["convolution"]
@@ -65,12 +66,13 @@ def _convolve(x, eigenvalues, dt, c, initial_state):
     """y and the last state, by what each token and the initial state add to them."""
     length, gain = x.shape[1], discretize(eigenvalues, dt)[1]
     powers = _powers(eigenvalues, dt, length + 1)  # [d, n, t + 1]
-    kernel = 2 * jnp.real(_dot("dn,dnt->td", c * gain, powers[..., :-1]))
+    kernel = 2 * jnp.real(exact_einsum("dn,dnt->td", c * gain, powers[..., :-1]))
     padded = 2 * length  # lest the end of the convolution wrap round to its start
     spectrum = jnp.fft.rfft(x, padded, axis=1) * jnp.fft.rfft(kernel, padded, axis=0)
     y = jnp.fft.irfft(spectrum, padded, axis=1)[:, :length]
-    y = y + 2 * jnp.real(_dot("bdn,dnt->btd", c * initial_state, powers[..., 1:]))
-    last = powers[..., -1] * initial_state + gain * _dot("dnt,btd->bdn", jnp.flip(powers[..., :-1], axis=-1), x)
+    y = y + 2 * jnp.real(exact_einsum("bdn,dnt->btd", c * initial_state, powers[..., 1:]))
+    written = exact_einsum("dnt,btd->bdn", jnp.flip(powers[..., :-1], axis=-1), x)
+    last = powers[..., -1] * initial_state + gain * written
     return y, last
 
 
@@ -85,7 +87,7 @@ def s4d_kernel(
     """What `s4d` answers to a 1 followed by zeros, so that y is the causal convolution of x with it; float32."""
     eigenvalues, dt = _continuous(log_dt, log_a_real, a_imag)
     weights = c.astype(jnp.complex64) * discretize(eigenvalues, dt)[1]
-    return 2 * jnp.real(_dot("dn,dnt->dt", weights, _powers(eigenvalues, dt, length)))
+    return 2 * jnp.real(exact_einsum("dn,dnt->dt", weights, _powers(eigenvalues, dt, length)))
 
 
 def _continuous(log_dt, log_a_real, a_imag):
@@ -97,7 +99,3 @@ def _continuous(log_dt, log_a_real, a_imag):
 def _powers(eigenvalues, dt, length):
     """[d, n, t], exp(dt A t): not products of exp(dt A), for what that is rounded by would grow with t."""
     return jnp.exp((eigenvalues * dt)[..., None] * jnp.arange(length, dtype=jnp.float32))
-
-
-def _dot(axes: str, *arrays: jax.Array) -> jax.Array:
-    return jnp.einsum(axes, *arrays, precision=jax.lax.Precision.HIGHEST)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Float, Int, typed
+from layers.exact import exact_einsum
 from layers.segment_states import FIRST, PADDING, REAL, over_segments
 
 TTTImplementation = Literal["auto", "reference", "chunkwise"]
@@ -96,13 +97,13 @@ def _by_tokens(tokens, state: TTTState, marks, *, norm, mini_batch_size: int):
     def step(state, token):
         q, k, v, eta, mark = token
         state = _where(mark == FIRST, jax.tree.map(jnp.zeros_like, state), state)
-        gradient = _inner_gradient(norm, _dot("bhk,bhkv->bhv", k, state.w) + state.b, v - k)
+        gradient = _inner_gradient(norm, exact_einsum("bhk,bhkv->bhv", k, state.w) + state.b, v - k)
         w_grad = state.w_grad + k[..., None] * gradient[..., None, :]
         b_grad = state.b_grad + gradient
         taken = _step_taken(state, w_grad, b_grad, eta)
         partly = TTTState(state.w, state.b, w_grad, b_grad, state.num_tokens + 1)
         after = _where(partly.num_tokens == mini_batch_size, taken, partly)
-        return _where(mark != PADDING, after, state), _dot("bhk,bhkv->bhv", q, taken.w) + taken.b
+        return _where(mark != PADDING, after, state), exact_einsum("bhk,bhkv->bhv", q, taken.w) + taken.b
 
     marks = jnp.full(tokens[0].shape[:2], REAL) if marks is None else marks
     state, z = jax.lax.scan(step, state, jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (*tokens, marks)))
@@ -130,15 +131,15 @@ def by_mini_batches(tokens, state: TTTState, norm, size: int):
 def _one_mini_batch(norm, state: TTTState, batch):
     """i reads, j was learned from; tokens that are not there leave no gradient."""
     q, k, v, eta, is_real = batch  # [b, i, h, k], and eta [b, i, h], is_real [b, i]
-    gradient = _inner_gradient(norm, _dot("bihk,bhkv->bihv", k, state.w) + state.b[:, None], v - k)
+    gradient = _inner_gradient(norm, exact_einsum("bihk,bhkv->bihv", k, state.w) + state.b[:, None], v - k)
     gradient = jnp.where(is_real[..., None, None], gradient, 0)
     # Each pair counts q_i . k_j for the gradient of W, and 1 for that of b.
-    pairs = jnp.tril(_dot("bihk,bjhk->bhij", q, k) + 1)
-    learned = _dot("bihk,bhkv->bihv", q, state.w_grad) + state.b_grad[:, None]
-    learned = learned + _dot("bhij,bjhv->bihv", pairs, gradient)
-    z = _dot("bihk,bhkv->bihv", q, state.w) + state.b[:, None] - eta[..., None] * learned
+    pairs = jnp.tril(exact_einsum("bihk,bjhk->bhij", q, k) + 1)
+    learned = exact_einsum("bihk,bhkv->bihv", q, state.w_grad) + state.b_grad[:, None]
+    learned = learned + exact_einsum("bhij,bjhv->bihv", pairs, gradient)
+    z = exact_einsum("bihk,bhkv->bihv", q, state.w) + state.b[:, None] - eta[..., None] * learned
 
-    w_grad = state.w_grad + _dot("bjhk,bjhv->bhkv", k, gradient)
+    w_grad = state.w_grad + exact_einsum("bjhk,bjhv->bhkv", k, gradient)
     b_grad = state.b_grad + jnp.sum(gradient, axis=1)
     num_tokens = state.num_tokens + jnp.sum(is_real, axis=1, dtype=jnp.int32)
     full = _step_taken(state, w_grad, b_grad, eta[:, -1])
@@ -164,7 +165,3 @@ def _layer_norm(z: jax.Array, *, scale: jax.Array, bias: jax.Array) -> jax.Array
 def _where(condition: jax.Array, x: TTTState, y: TTTState) -> TTTState:
     """Chooses row by row, condition [b]."""
     return jax.tree.map(lambda p, q: jnp.where(condition.reshape(-1, *(1,) * (p.ndim - 1)), p, q), x, y)
-
-
-def _dot(axes: str, *arrays: jax.Array) -> jax.Array:
-    return jnp.einsum(axes, *arrays, precision=jax.lax.Precision.HIGHEST)
