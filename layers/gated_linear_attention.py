@@ -48,7 +48,7 @@ def gated_linear_attention(
         per chunk; "pallas_tpu" and "pallas_gpu" (NVIDIA's) are kernels, whose states stay on the chip; "auto" is
         the kernel of the platform, and "chunkwise" where there is none, it lacks this case, or a mesh is in use,
         which is logged once. The compiler cannot split a kernel: with arrays on several devices call this inside
-        jax.shard_map. On a CPU "auto" is "reference", which is faster there, unless it is differentiated. Only
+        jax.shard_map. For a single token, and on a CPU, "auto" is "reference" unless it is differentiated. Only
         "reference" and "chunkwise" have forward-mode and second derivatives.
       axis_name: inside `jax.shard_map`, the axis of the mesh over which t is sharded, in order: each shard then
         runs from the state that the shards before it leave. The initial state is that before the first shard, and

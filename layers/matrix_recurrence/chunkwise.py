@@ -9,7 +9,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from layers.matrix_recurrence.decays import Decays, exact_matmul
+from layers.matrix_recurrence.decays import Decays, exact_matmul, rounded_matmul
 from layers.matrix_recurrence.tokens import Settings, Tokens
 from layers.matrix_recurrence.triangular import unit_lower_inverse
 
@@ -38,20 +38,25 @@ def chunkwise(tokens: Tokens, state: jax.Array, settings: Settings) -> tuple[jax
 def one_chunk(
     settings: Settings, state: jax.Array, chunk: Tokens, decays_of: Callable[..., Decays] = Decays.of
 ) -> tuple[jax.Array, jax.Array]:
-    """Advances the state [..., k, v] over one chunk of tokens [..., c, width]; returns it and o [..., c, v]."""
+    """Advances the state [..., k, v] over one chunk of tokens [..., c, width]; returns it and o [..., c, v].
+
+    Tokens that come rounded to bfloat16 are multiplied as the device does it by default. Sums of log decays, and
+    the triangle, whose inverse would magnify a rounding, are float32 always.
+    """
+    matmul = exact_matmul if chunk.v.dtype == jnp.float32 else rounded_matmul
     q, k, v, log_decay, a, b = (None if x is None else x.astype(jnp.float32) for x in chunk)
     decays = decays_of(log_decay, before=settings.reads_before)
     keys, values = [k], [v]
     if b is not None:
         before = decays_of(log_decay, before=True)
-        found = before.read(a, state) + exact_matmul(before.pairs(a, k), v)
+        found = before.read(a, state, matmul) + matmul(before.pairs(a, k, matmul=matmul), v)
         keys.append(b)
         values.append(exact_matmul(unit_lower_inverse(-before.pairs(a, b)), found))
     elif a is not None:
-        values = [exact_matmul(unit_lower_inverse(decays.pairs(a, k)), v - decays.read(a, state))]
+        values = [exact_matmul(unit_lower_inverse(decays.pairs(a, k)), v - decays.read(a, state, matmul))]
 
-    o, after = decays.read(q, state), decays.kept(state)
+    o, after = decays.read(q, state, matmul), decays.kept(state)
     for key, value in zip(keys, values, strict=True):
-        o = o + exact_matmul(decays.pairs(q, key, own=not settings.reads_before), value)
-        after = after + decays.written(key, value)
+        o = o + matmul(decays.pairs(q, key, own=not settings.reads_before, matmul=matmul), value)
+        after = after + decays.written(key, value, matmul)
     return after, (settings.scale * o).astype(chunk.v.dtype)

@@ -14,7 +14,7 @@ their border; and among the blocks of 1, 2, 4, ... tokens, every two tokens are 
                         x x x x . .
                         x x x x . .
 """
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
@@ -24,12 +24,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+Matmul = Callable[[jax.Array, jax.Array], jax.Array]
 _exact = ContextVar("_exact", default=jax.lax.Precision.HIGHEST)
 
 
 def exact_matmul(x: jax.Array, y: jax.Array) -> jax.Array:
     """In float32."""
     return jnp.matmul(x, y, precision=_exact.get())
+
+
+def rounded_matmul(x: jax.Array, y: jax.Array) -> jax.Array:
+    """As a device does by default: an accelerator rounds x and y, to bfloat16 or TF32, and adds in float32."""
+    return jnp.matmul(x, y, preferred_element_type=jnp.float32)
 
 
 @contextmanager
@@ -63,7 +69,9 @@ class Decays(NamedTuple):
         whole = jnp.exp(jnp.sum(log_decay, axis=-2, keepdims=True))
         return cls(decays[..., 0, :, :], decays[..., 1, :, :], whole, decays[..., 2:, :, :])
 
-    def pairs(self, reader: jax.Array, writer: jax.Array, *, own: bool = False) -> jax.Array:
+    def pairs(
+        self, reader: jax.Array, writer: jax.Array, *, own: bool = False, matmul: Matmul = exact_matmul
+    ) -> jax.Array:
         """[..., i, j]: reader_i . writer_j [..., c, k], each product decayed from j to i; 0 unless j < i.
 
         Args:
@@ -73,27 +81,27 @@ class Decays(NamedTuple):
         itself, in_block = np.eye(size, dtype=np.float32) * own, _blocks(size).pairs
         if self.to_end.shape[-1] == 1:
             left = jnp.sum(jnp.where(in_block, self.parts * transposed(self.parts), 0), axis=-3)
-            return exact_matmul(reader, transposed(writer)) * (left + itself)
+            return matmul(reader, transposed(writer)) * (left + itself)
         reader_parts, writer_parts = (self.parts * x[..., None, :, :] for x in (reader, writer))
-        blocks = exact_matmul(reader_parts, transposed(writer_parts))
+        blocks = matmul(reader_parts, transposed(writer_parts))
         itself = itself * jnp.sum(reader * writer, axis=-1, keepdims=True)
         return jnp.sum(jnp.where(in_block, blocks, 0), axis=-3) + itself
 
-    def read(self, reader: jax.Array, state: jax.Array) -> jax.Array:
+    def read(self, reader: jax.Array, state: jax.Array, matmul: Matmul) -> jax.Array:
         """[..., i, v]: what readers [..., c, k] find of the state [..., k, v] that entered the chunk."""
         if self.from_start.shape[-1] == 1:
-            return self.from_start * exact_matmul(reader, state)
-        return exact_matmul(self.from_start * reader, state)
+            return self.from_start * matmul(reader, state)
+        return matmul(self.from_start * reader, state)
 
     def kept(self, state: jax.Array) -> jax.Array:
         """[..., k, v]: what is left of the state after the chunk."""
         return transposed(self.whole) * state
 
-    def written(self, key: jax.Array, value: jax.Array) -> jax.Array:
+    def written(self, key: jax.Array, value: jax.Array, matmul: Matmul) -> jax.Array:
         """[..., k, v]: what is left after the chunk of its keys [..., c, k] and their values [..., c, v]."""
         if self.to_end.shape[-1] == 1:
-            return exact_matmul(transposed(key), self.to_end * value)
-        return exact_matmul(transposed(self.to_end * key), value)
+            return matmul(transposed(key), self.to_end * value)
+        return matmul(transposed(self.to_end * key), value)
 
 
 class _Blocks(NamedTuple):

@@ -2,7 +2,7 @@
 import jax
 import jax.numpy as jnp
 
-from layers.matrix_recurrence.decays import Decays, exact_matmul, of_blocks, transposed
+from layers.matrix_recurrence.decays import Decays, Matmul, exact_matmul, of_blocks, transposed
 
 
 class TileDecays(Decays):
@@ -32,19 +32,21 @@ class TileDecays(Decays):
         whole = jnp.exp(jnp.sum(log_decay, axis=1 if is_head else 0, keepdims=True))
         return cls(decay(to_reader), decay(other > token), whole, parts)
 
-    def pairs(self, reader: jax.Array, writer: jax.Array, *, own: bool = False) -> jax.Array:
+    def pairs(
+        self, reader: jax.Array, writer: jax.Array, *, own: bool = False, matmul: Matmul = exact_matmul
+    ) -> jax.Array:
         size = reader.shape[0]
         token, other = _numbers(size)
         if self.to_end.shape[1] == 1:
             (left,) = self.parts
             left = jnp.where(token == other, 1, left) if own else left
-            return exact_matmul(reader, transposed(writer)) * left
+            return matmul(reader, transposed(writer)) * left
         total = jnp.zeros((size, size), jnp.float32)
         if own:
             total = jnp.where(token == other, jnp.sum(reader * writer, axis=1, keepdims=True), total)
         for block, part in zip(_sizes(size), self.parts, strict=True):
             _, in_block = of_blocks(block, token, other, other <= token)
-            total = total + jnp.where(in_block, exact_matmul(part * reader, transposed(part * writer)), 0)
+            total = total + jnp.where(in_block, matmul(part * reader, transposed(part * writer)), 0)
         return total
 
 

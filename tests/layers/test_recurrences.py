@@ -394,6 +394,18 @@ def test_auto_steps_through_tokens_on_a_cpu_and_through_chunks_where_it_is_diffe
     assert lengths and all(length == 3 for length in lengths), lengths
 
 
+def test_bfloat16_tokens_are_multiplied_by_default_and_decays_and_the_triangle_in_float32():
+    def num_exact(dtype, recur):
+        x = _inputs(32, "head", dtype)
+        text = str(jax.make_jaxpr(lambda x: recur(x, implementation="chunkwise"))(x))
+        return text.count("Precision.HIGHEST, Precision.HIGHEST"), text.count("dot_general[")
+
+    assert num_exact("float32", _linear_attention) == (5, 5)
+    assert num_exact("bfloat16", _linear_attention) == (1, 5), "sums of log decays"
+    exact, all_of_delta = num_exact("bfloat16", lambda x, **keywords: _delta(x | {"beta": None}, **keywords))
+    assert all_of_delta - exact == 5, "what is read of the state twice, written, and what q sees of the chunk"
+
+
 def _lengths_of_scans(jaxpr):
     """Outside kernels."""
     lengths = []
