@@ -11,6 +11,11 @@ WORST_OVER_RMS = 16  # an RMS alone would hide one bad element among a million
 
 # Against vectors computed in float64: largest error over largest value.
 GOLDEN_LIMIT = 1e-6
+# A float32 factor per step, raised to the power of 71: a step size rounded to float32, all else in float64, is
+# already 1.6e-6 from the gradients of those vectors.
+GOLDEN_POWERS_LIMIT = 5e-6
+# A quotient by a small difference of large terms: the equations stepped in float32 are 4e-6 from the vectors too.
+GOLDEN_QUOTIENT_LIMIT = 8e-6
 GOLDEN_LAYER_LIMIT = 5e-5
 GOLDEN_GRADIENT_LIMIT = 1e-3  # plus GRADIENT_FLOOR; whole models, whose own float32 noise is 6e-5
 GRADIENT_FLOOR = 1e-6

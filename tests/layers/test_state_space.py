@@ -7,14 +7,10 @@ import numpy as np
 import pytest
 
 from layers import S5, discretize, hippo_legs, s4d, s4d_kernel, s5
-from tests.assertions import assert_golden, assert_matches
+from tests.assertions import GOLDEN_POWERS_LIMIT, assert_golden, assert_matches
 from tests.carried_state import HALF, assert_state_is_carried
 from tests.golden_cases import assert_golden_case, golden_case
 from tests.inputs import Draw
-
-# A float32 factor per step, raised to the power of 71: a step size rounded to float32, all else in float64, is
-# already 1.6e-6 from the gradients of these vectors.
-POWERS_LIMIT = 5e-6
 
 
 def _complex(x, name):
@@ -30,7 +26,7 @@ def test_s4d_and_its_kernel_are_those_of_the_official_vectors():
 
     data = golden_case("rec_s4d", "c0")
     data["dkernel"] = np.zeros_like(data["kernel"])
-    assert_golden_case(run, data, "u C log_dt log_A_real A_imag", "o kernel", limit=POWERS_LIMIT)
+    assert_golden_case(run, data, "u C log_dt log_A_real A_imag", "o kernel", limit=GOLDEN_POWERS_LIMIT)
 
 
 def test_the_convolution_of_s4d_is_its_recurrence_with_states_in_and_out():
@@ -55,7 +51,7 @@ def test_s5_is_that_of_the_official_vectors(case):
         return (y[0],)
 
     names = "u B_re B_im C_re C_im D Lambda_re Lambda_im log_step"
-    assert_golden_case(run, golden_case("rec_s5", case), names, limit=POWERS_LIMIT)
+    assert_golden_case(run, golden_case("rec_s5", case), names, limit=GOLDEN_POWERS_LIMIT)
 
 
 def test_the_first_spectrum_of_s5_is_that_of_hippo():
