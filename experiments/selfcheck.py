@@ -70,19 +70,31 @@ def main(argv: list[str]) -> None:
 
 def checks(platform: str) -> Iterator[Check]:
     """What there is to check on a platform: kernels only where they run natively."""
-    rng = np.random.default_rng(0)
-
-    def normal(*shape: int) -> jax.Array:
-        return jnp.asarray(rng.standard_normal(shape, np.float32))
-
     kernels = {"tpu": ("pallas_tpu",), "gpu": ("pallas_gpu",)}.get(platform, ())
-    attention, of_matrices = ("xla", *kernels, "auto"), ("chunkwise", *kernels, "auto")
-    documents = jnp.asarray(np.sort(rng.integers(0, 4, (2, 700))), jnp.int32)
+    draw = np.random.default_rng(0)
+    yield from _attention_checks(draw, ("xla", *kernels, "auto"))
+    yield from _matrix_state_checks(draw, ("chunkwise", *kernels, "auto"))
+    yield from _vector_state_checks(draw, ("associative", *kernels, "auto"))
+
+
+def _normal(draw: np.random.Generator, *shape: int) -> jax.Array:
+    return jnp.asarray(draw.standard_normal(shape, np.float32))
+
+
+def _hostile_gates(draw: np.random.Generator, *shape: int) -> jax.Array:
+    """Logs of decays of which a tenth are shut, and as many wide open."""
+    gates, shares = [-60.0, -1e-7, -0.1, -1.0, -3.0], [0.1, 0.1, 0.3, 0.3, 0.2]
+    return jnp.asarray(draw.choice(gates, shape, p=shares), jnp.float32)
+
+
+def _attention_checks(draw: np.random.Generator, implementations: tuple[str, ...]) -> Iterator[Check]:
+    normal = functools.partial(_normal, draw)
+    documents = jnp.asarray(np.sort(draw.integers(0, 4, (2, 700))), jnp.int32)
     for case, heads, key_heads, width, mask in (
             ("causal", 4, 4, 128, MaskSpec()),
             ("window, softcap, shared keys", 8, 2, 64, MaskSpec(window=200, softcap=20.0)),
             ("segments", 4, 1, 128, MaskSpec(segment_ids=documents))):
-        chosen = jnp.asarray(rng.random((2, key_heads, 6, 6)) < 0.6)
+        chosen = jnp.asarray(draw.random((2, key_heads, 6, 6)) < 0.6)
         lists = BlockLists.from_block_mask(chosen, block_q=128, block_k=128)
 
         def run(implementation, q, k, v, lists=lists, mask=mask):
@@ -90,19 +102,21 @@ def checks(platform: str) -> Iterator[Check]:
 
         yield Check("block_sparse_attention", case, run, (
             normal(2, 700, heads, width), normal(2, 700, key_heads, width), normal(2, 700, key_heads, width)),
-            attention)
+            implementations)
+
+
+def _matrix_state_checks(draw: np.random.Generator, implementations: tuple[str, ...]) -> Iterator[Check]:
+    normal = functools.partial(_normal, draw)
     log_decay = -jnp.abs(normal(2, 300, 4))
 
     def scan(implementation, x, b, c):
         return ssd_scan(x, log_decay, b, c, implementation=implementation)[0]
 
     inputs = normal(2, 300, 4, 32), normal(2, 300, 1, 16), normal(2, 300, 1, 16)
-    yield Check("ssd_scan", "300 tokens", scan, inputs, of_matrices)
+    yield Check("ssd_scan", "300 tokens", scan, inputs, implementations)
     keys = normal(2, 200, 4, 32)
     keys = keys / jnp.linalg.norm(keys, axis=-1, keepdims=True)
-    # A tenth of the gates are shut, as many wide open.
-    gates, shares = [-60.0, -1e-7, -0.1, -1.0, -3.0], [0.1, 0.1, 0.3, 0.3, 0.2]
-    hostile = jnp.asarray(rng.choice(gates, (2, 200, 4, 32), p=shares), jnp.float32)
+    hostile = _hostile_gates(draw, 2, 200, 4, 32)
 
     def attention_per_channel(implementation, q, k, v):
         return gated_linear_attention(q, k, v, hostile, implementation=implementation)[0]
@@ -110,12 +124,9 @@ def checks(platform: str) -> Iterator[Check]:
     def delta_per_head(implementation, q, k, v):
         return gated_delta_rule(q, k, v, None, hostile[..., 0], implementation=implementation)[0]
 
-    def diagonal(implementation, x):
-        return diagonal_recurrence(x, log_a=hostile[:, :, 0], implementation=implementation)[0]
-
     inputs = normal(2, 200, 4, 32), keys, normal(2, 200, 4, 16)
-    yield Check("gated_linear_attention", "hostile gates", attention_per_channel, inputs, of_matrices)
-    yield Check("gated_delta_rule", "hostile gates", delta_per_head, inputs, of_matrices)
+    yield Check("gated_linear_attention", "hostile gates", attention_per_channel, inputs, implementations)
+    yield Check("gated_delta_rule", "hostile gates", delta_per_head, inputs, implementations)
 
     def delta_per_channel(implementation, q, k, v):
         return gated_delta_rule(q, k, v, None, hostile, implementation=implementation)[0]
@@ -127,11 +138,19 @@ def checks(platform: str) -> Iterator[Check]:
         scales = jnp.cos(jnp.arange(2 * 200 * 4 * 9, dtype=jnp.float32)).reshape(2, 200, 4, 9)
         return log_linear_attention(q, k, v, hostile[..., 0], scales, implementation=implementation)
 
-    yield Check("gated_delta_rule", "hostile gates, per channel", delta_per_channel, inputs, of_matrices)
-    yield Check("dplr_recurrence", "hostile gates", low_rank, inputs, of_matrices)
+    yield Check("gated_delta_rule", "hostile gates, per channel", delta_per_channel, inputs, implementations)
+    yield Check("dplr_recurrence", "hostile gates", low_rank, inputs, implementations)
     yield Check("log_linear_attention", "hostile gates", log_linear, inputs, ("ladder",))
-    yield Check("diagonal_recurrence", "hostile gates", diagonal, (normal(2, 200, 32),),
-                ("associative", *kernels, "auto"))
+
+
+def _vector_state_checks(draw: np.random.Generator, implementations: tuple[str, ...]) -> Iterator[Check]:
+    normal = functools.partial(_normal, draw)
+    hostile = _hostile_gates(draw, 2, 200, 32)
+
+    def diagonal(implementation, x):
+        return diagonal_recurrence(x, log_a=hostile, implementation=implementation)[0]
+
+    yield Check("diagonal_recurrence", "hostile gates", diagonal, (normal(2, 200, 32),), implementations)
     open_gates = -jnp.abs(normal(2, 1500, 200))
 
     def diagonal_of_documents(implementation, x, log_a):
@@ -143,9 +162,8 @@ def checks(platform: str) -> Iterator[Check]:
         return jnp.real(diagonal_recurrence(x, a=a, implementation=implementation)[0])
 
     for case, run in (("documents, reversed", diagonal_of_documents), ("complex", diagonal_of_complex)):
-        yield Check("diagonal_recurrence", case, run, (normal(2, 1500, 200), open_gates),
-                    ("associative", *kernels, "auto"))
-    probability = jnp.asarray(rng.uniform(0.05, 0.95, (2, 300)), jnp.float32)
+        yield Check("diagonal_recurrence", case, run, (normal(2, 1500, 200), open_gates), implementations)
+    probability = jnp.asarray(draw.uniform(0.05, 0.95, (2, 300)), jnp.float32)
     restarts = jnp.arange(300)[None] % 70 == jnp.array([[0], [5]])
 
     def average(implementation, x):
