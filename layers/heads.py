@@ -34,9 +34,6 @@ class ConvolvedHeads(nn.Module):
         flat, state = CausalDepthwiseConv(self.taps, "inner", name="conv")(flat, initial_state, segment_ids)
         return jax.nn.silu(flat).reshape(*x.shape[:2], self.num_heads, self.head_width), state
 
-    def empty_state(self, batch: int) -> jax.Array:
-        return jnp.zeros((batch, self.taps - 1, self.num_heads * self.head_width), self.dtype)
-
 
 class LowRank(nn.Module):
     """Two linear maps with `rank` features between them, as gates of many channels are often made."""
