@@ -21,7 +21,7 @@ test-slow: $(STAMP)
 test-tpu-aot:
 	$(PYTHON) -m venv .venv-plan
 	.venv-plan/bin/python -m pip install --quiet --editable '.[test,plan]'
-	.venv-plan/bin/python -m pytest -m slow tests/test_kernels.py tests/experiments/test_tpu_compile.py
+	.venv-plan/bin/python -m pytest -m slow tests/test_kernels.py tests/experiments/training/test_tpu_compile.py
 
 # Needs Python 3.12 or newer (jax 0.11), and CUDA 13's ptxas, or pip install nvidia-cuda-nvcc in .venv-cuda.
 test-cuda-aot:

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from experiments.analysis.flops import model_flops_per_byte
 from experiments.config import RunConfig
-from experiments.config_loading import load_config, split_overrides
+from experiments.config.files import load_config, split_overrides
 from experiments.errors import UsageError, run_command
-from experiments.flops import model_flops_per_byte
-from experiments.mesh import batch_sharding, make_mesh, use_mesh
-from experiments.text_table import aligned
-from experiments.train_step import TrainState, compile_program
+from experiments.pages.text_table import aligned
+from experiments.training.mesh import batch_sharding, make_mesh, use_mesh
+from experiments.training.step import TrainState, compile_program
 from hnet import init_decode_state
 
 
@@ -114,7 +114,7 @@ def describe_parts(config: RunConfig, params: Any) -> list[Part]:
 
 
 def describe_flops(config: RunConfig) -> dict[str, float]:
-    """Floating-point operations of the model, as `experiments.flops` counts them."""
+    """Floating-point operations of the model, as `experiments.analysis.flops` counts them."""
     forward = model_flops_per_byte(config.model, config.data.sequence_length, config.tokens_per_chunk)
     training = 3 * forward
     bytes_per_step = config.data.batch_size * config.data.sequence_length

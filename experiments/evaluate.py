@@ -14,9 +14,9 @@ from jax.sharding import Mesh
 from experiments.config import RunConfig
 from experiments.data import Batch, Corpus, EvaluationSource, WindowSource
 from experiments.errors import run_command
-from experiments.losses import apply_model, next_byte_nats, target_mask
-from experiments.mesh import batch_sharding, put_batch, use_mesh
-from experiments.run import open_run
+from experiments.runs.saved_run import open_run
+from experiments.training.losses import apply_model, next_byte_nats, target_mask
+from experiments.training.mesh import batch_sharding, put_batch, use_mesh
 from hnet import HNetLM
 
 Evaluate = Callable[[Any, Iterable[Batch]], dict[str, float]]

@@ -14,12 +14,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.config_loading import split_overrides
+from experiments.config.files import split_overrides
 from experiments.errors import UsageError, run_command
 from experiments.import_official import import_package
-from experiments.run import open_run
+from experiments.runs.saved_run import open_run
 from hnet import HNetConfig
-from hnet.official import to_official_json, to_official_params
+from hnet.pretrained.hnet_release import to_official_json, to_official_params
 
 Write = Callable[[Path, dict[str, np.ndarray]], None]
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from experiments.config import RunConfig
 from experiments.errors import UsageError, run_command
-from experiments.run import open_run
+from experiments.runs.saved_run import open_run
 from hnet import BOS, HNetLM, Sampling
 from hnet import generate as generate_tokens
 

@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.checkpoints import Checkpoints
 from experiments.config import DataConfig, RunConfig
-from experiments.config_loading import config_to_json
+from experiments.config.files import config_to_json
 from experiments.errors import UsageError, run_command
-from experiments.manifest import prepare_workdir, write_manifest
-from experiments.run import PARAMETERS_ONLY
-from experiments.train_step import TrainState
+from experiments.runs.checkpoints import Checkpoints
+from experiments.runs.manifest import prepare_workdir, write_manifest
+from experiments.runs.saved_run import PARAMETERS_ONLY
+from experiments.training.step import TrainState
 from hnet import HNetConfig, load_official_params
 
 SEQUENCE_LENGTH = 8192  # bytes; what the released models were trained on

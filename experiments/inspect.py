@@ -5,7 +5,7 @@
 
 The terminal shows the chunks of every stage in colour, or cut by "|" where it has none (a pipe, NO_COLOR), and the
 statistics; the page has the whole text with the probability of every boundary. Words are explained in
-experiments/chunk_statistics.py and experiments/perturbations.py.
+experiments/analysis/chunk_statistics.py and experiments/perturbations.py.
 """
 import argparse
 import os
@@ -13,14 +13,14 @@ import sys
 import textwrap
 from pathlib import Path
 
-from experiments.boundaries import chunk_texts
-from experiments.chunk_statistics import bits_per_byte, place_table, stage_statistics, stage_table
-from experiments.chunk_terminal import chunks_in_terminal, table_in_terminal
-from experiments.config_loading import split_overrides
+from experiments.analysis.boundaries import chunk_texts
+from experiments.analysis.chunk_statistics import bits_per_byte, place_table, stage_statistics, stage_table
+from experiments.analysis.perturbations import effect_table, effects, perturb
+from experiments.config.files import split_overrides
 from experiments.errors import UsageError, run_command
-from experiments.inspect_page import NO_STAGES, PLACES_LEGEND, Inspection, effects_legend, render_inspection
-from experiments.perturbations import effect_table, effects, perturb
-from experiments.run import Run, open_run
+from experiments.pages.chunk_terminal import chunks_in_terminal, table_in_terminal
+from experiments.pages.inspect_page import NO_STAGES, PLACES_LEGEND, Inspection, effects_legend, render_inspection
+from experiments.runs.saved_run import Run, open_run
 
 PERTURBED_BYTES = 20_000  # of the text, as there are eight changes of it to read
 

@@ -6,14 +6,14 @@ import argparse
 import json
 from pathlib import Path
 
-from experiments.boundaries import chunk_texts
-from experiments.config_loading import config_to_json
+from experiments.analysis.boundaries import chunk_texts
+from experiments.config.files import config_to_json
 from experiments.data import Corpus
 from experiments.errors import run_command
 from experiments.generate import generate_bytes
-from experiments.metrics import read_metrics
-from experiments.report_page import ReportData, render_report
-from experiments.run import Run, open_run, restore_run
+from experiments.pages.report_page import ReportData, render_report
+from experiments.runs.metrics import read_metrics
+from experiments.runs.saved_run import Run, open_run, restore_run
 from hnet import Sampling
 
 TEXT_BYTES = 1500

@@ -19,13 +19,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from experiments.analysis.flops import model_flops_per_byte
 from experiments.config import RunConfig
-from experiments.config_loading import config_from_json, flat_fields, load_config, split_overrides
+from experiments.config.files import config_from_json, flat_fields, load_config, split_overrides
 from experiments.errors import RunError, UsageError, run_command
-from experiments.flops import model_flops_per_byte
-from experiments.manifest import prepare_workdir
-from experiments.metrics import read_metrics
-from experiments.sweep_page import BITS, Result, render_plot, render_table, tokens_per_chunk
+from experiments.pages.sweep_page import BITS, Result, render_plot, render_table, tokens_per_chunk
+from experiments.runs.manifest import prepare_workdir
+from experiments.runs.metrics import read_metrics
 
 POLL_SECONDS = 0.2
 

@@ -17,21 +17,21 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from experiments.checkpoints import Checkpoints
+from experiments.analysis.reference_lines import corpus_reference_lines
 from experiments.config import RunConfig
-from experiments.config_loading import config_to_json, load_config, split_overrides
+from experiments.config.files import config_to_json, load_config, split_overrides
 from experiments.data import BatchSource, Corpus, EvaluationSource, WindowSource, prefetch
 from experiments.errors import RunError, UsageError, run_command
 from experiments.evaluate import held_out, make_evaluate
-from experiments.manifest import prepare_workdir, update_manifest, write_manifest
-from experiments.mesh import batch_sharding, make_mesh, put_batch, use_mesh
-from experiments.metrics import MetricsWriter
-from experiments.progress import Progress
-from experiments.reference_lines import corpus_reference_lines
-from experiments.run import enable_compilation_cache, open_corpus
-from experiments.start import start_or_resume
-from experiments.step_problems import step_problem
-from experiments.train_step import Program, TrainState, compile_program, weights
+from experiments.runs.checkpoints import Checkpoints
+from experiments.runs.manifest import prepare_workdir, update_manifest, write_manifest
+from experiments.runs.metrics import MetricsWriter
+from experiments.runs.progress import Progress
+from experiments.runs.saved_run import enable_compilation_cache, open_corpus
+from experiments.runs.start import start_or_resume
+from experiments.training.mesh import batch_sharding, make_mesh, put_batch, use_mesh
+from experiments.training.step import Program, TrainState, compile_program, weights
+from experiments.training.step_problems import step_problem
 
 SIGTERM_EXIT = 143  # 128 + SIGTERM, as a shell reports it
 

@@ -3,7 +3,12 @@ from hnet.config import HNetConfig, StageConfig
 from hnet.decode_state import DecodeState, StageState, init_decode_state
 from hnet.generation import BOS, generate, generate_text, prefill, step
 from hnet.model import HNet, HNetLM, HNetOutput
-from hnet.official import load_official_params, parameter_shapes, to_official_json, to_official_params
+from hnet.pretrained.hnet_release import (
+    load_official_params,
+    parameter_shapes,
+    to_official_json,
+    to_official_params,
+)
 from hnet.sampling import Sampling, sample
 from hnet.stage_output import StageOutput
 

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from hnet.config import HNetConfig, num_slots
-from hnet.isotropic import MixerState, MixerUpdate, empty_state
 from hnet.routers import make_router
+from hnet.stack import MixerState, MixerUpdate, empty_state
 from layers import KVCache, PoolState
 
 

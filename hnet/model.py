@@ -6,11 +6,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hnet.chunked import constrain, through_chunks
 from hnet.config import HNetConfig, StageConfig, has_feed_forward
 from hnet.decode_state import BoundaryState, DecodeState, StageState, advance
-from hnet.isotropic import Isotropic
+from hnet.inner_stage import constrain, through_chunks
 from hnet.routers import entropy_boundaries, make_router
+from hnet.stack import Isotropic
 from hnet.stage_output import StageOutput
 from layers import RouterHints, segment_starts, smooth, straight_through
 from layers.array_types import Array, Float, Int, Integer, typed

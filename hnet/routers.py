@@ -1,4 +1,4 @@
-"""Which router a stage has. A router of your own: a module as `layers.routers` describes, and a line here."""
+"""Routers by name. A router of your own: a module as `layers.chunking.routers` describes, and a line here."""
 import flax.linen as nn
 import jax
 import jax.numpy as jnp

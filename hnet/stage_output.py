@@ -5,7 +5,7 @@ from flax import struct
 
 from layers import ratio_loss
 from layers.array_types import Scalar
-from layers.ratio_loss import RatioObjective
+from layers.chunking.ratio_loss import RatioObjective
 
 
 @struct.dataclass
@@ -35,7 +35,7 @@ class StageOutput:
     def ratio_loss(
         self, target: Scalar, *, objective: RatioObjective = "hnet", num_groups: int = 1
     ) -> jax.Array:
-        """Eq. 10 over the batch's real tokens, for `target` tokens per chunk; see `layers.ratio_loss`."""
+        """Eq. 10 over the batch's real tokens, for `target` tokens per chunk; see `layers.chunking.ratio_loss`."""
         return ratio_loss(self.boundary_prob, self.boundary_mask, self.mask, target,
                           objective=objective, num_groups=num_groups)
 

@@ -1,5 +1,6 @@
 """Layers for hierarchical and chunked sequence models: functions on arrays, and thin linen modules."""
-from layers.attention import (
+from layers.arrays.segments import last_real, segment_ordinals, segment_positions, segment_starts
+from layers.attention.attend import (
     Attention,
     KVCache,
     KVUpdate,
@@ -7,16 +8,25 @@ from layers.attention import (
     dot_product_attention,
     masked_attention,
 )
-from layers.block_lists import BlockLists
-from layers.block_sparse_attention import (
+from layers.attention.block_lists import BlockLists
+from layers.attention.block_sparse import (
     block_sparse_attention,
     merge_by_lse,
     sharded_block_sparse_attention,
 )
-from layers.causal_conv import CausalDepthwiseConv, causal_depthwise_conv
-from layers.diagonal_recurrence import diagonal_recurrence
-from layers.dplr_recurrence import dplr_recurrence
-from layers.dynamic_chunking import (
+from layers.attention.mask import MaskSpec, pack_row_select
+from layers.attention.native_sparse import NativeSparseAttention, native_sparse_attention
+from layers.attention.patterns import (
+    SparseAttention,
+    big_bird_attention,
+    dilated_attention,
+    document_attention,
+    moba_attention,
+    paged_attention,
+    selected_blocks_attention,
+    sliding_window_attention,
+)
+from layers.chunking.partition import (
     ChunkPlan,
     PoolState,
     assign_chunks,
@@ -27,28 +37,8 @@ from layers.dynamic_chunking import (
     pack_segments,
     straight_through,
 )
-from layers.feed_forward import SwiGLU
-from layers.gated_delta_net import DeltaNetState, GatedDeltaNet
-from layers.gated_delta_rule import gated_delta_product, gated_delta_rule
-from layers.gated_linear_attention import gated_linear_attention, rwkv6_recurrence
-from layers.gated_slot_attention import SlotState, gated_slot_attention
-from layers.gla import GLA, GLAState
-from layers.griffin import GriffinRecurrentBlock, GriffinState
-from layers.hgrn import hgrn
-from layers.hgrn2 import HGRN2, HGRN2State
-from layers.linear_attention import LinearAttentionState, linear_attention
-from layers.log_linear_attention import log_linear_attention
-from layers.mamba2 import Mamba2, Mamba2State
-from layers.mask_spec import MaskSpec, pack_row_select
-from layers.min_gru import MinGRU, MinGRUState, min_gru
-from layers.mlstm import MLSTM, MLSTMMemory, mlstm
-from layers.native_sparse_attention import NativeSparseAttention, native_sparse_attention
-from layers.norms import RMSNorm, rms_norm
-from layers.ratio_loss import ratio_loss
-from layers.retention import retention, retention_log_decay
-from layers.rg_lru import RGLRUState, rg_lru
-from layers.rotary import rotary
-from layers.routers import (
+from layers.chunking.ratio_loss import ratio_loss
+from layers.chunking.routers import (
     CosineRouter,
     GivenRouter,
     RouterHints,
@@ -58,24 +48,34 @@ from layers.routers import (
     boundary_probability,
     is_spacelike,
 )
-from layers.rwkv7 import RWKV7State, RWKV7TimeMix
-from layers.s4d import s4d, s4d_kernel
-from layers.s5 import S5, S5State, s5
-from layers.segments import last_real, segment_ordinals, segment_positions, segment_starts
-from layers.smoothing import smooth
-from layers.sparse_attention import (
-    SparseAttention,
-    big_bird_attention,
-    dilated_attention,
-    document_attention,
-    moba_attention,
-    paged_attention,
-    selected_blocks_attention,
-    sliding_window_attention,
-)
-from layers.ssd import ssd_scan
-from layers.state_space import discretize, hippo_legs
-from layers.ttt_linear import TTTState, ttt_linear
+from layers.chunking.smoothing import smooth
+from layers.mixers.gated_delta_net import DeltaNetState, GatedDeltaNet
+from layers.mixers.gla import GLA, GLAState
+from layers.mixers.griffin import GriffinRecurrentBlock, GriffinState
+from layers.mixers.hgrn2 import HGRN2, HGRN2State
+from layers.mixers.mamba2 import Mamba2, Mamba2State
+from layers.mixers.rwkv7 import RWKV7State, RWKV7TimeMix
+from layers.nn.causal_conv import CausalDepthwiseConv, causal_depthwise_conv
+from layers.nn.feed_forward import SwiGLU
+from layers.nn.norms import RMSNorm, rms_norm
+from layers.nn.rotary import rotary
+from layers.recurrences.diagonal import diagonal_recurrence
+from layers.recurrences.dplr_recurrence import dplr_recurrence
+from layers.recurrences.gated_delta_rule import gated_delta_product, gated_delta_rule
+from layers.recurrences.gated_linear_attention import gated_linear_attention, rwkv6_recurrence
+from layers.recurrences.gated_slot_attention import SlotState, gated_slot_attention
+from layers.recurrences.hgrn import hgrn
+from layers.recurrences.linear_attention import LinearAttentionState, linear_attention
+from layers.recurrences.log_linear_attention import log_linear_attention
+from layers.recurrences.min_gru import MinGRU, MinGRUState, min_gru
+from layers.recurrences.mlstm import MLSTM, MLSTMMemory, mlstm
+from layers.recurrences.retention import retention, retention_log_decay
+from layers.recurrences.rg_lru import RGLRUState, rg_lru
+from layers.recurrences.s4d import s4d, s4d_kernel
+from layers.recurrences.s5 import S5, S5State, s5
+from layers.recurrences.ssd import ssd_scan
+from layers.recurrences.state_space import discretize, hippo_legs
+from layers.recurrences.ttt_linear import TTTState, ttt_linear
 
 __all__ = [
     "GLA", "HGRN2", "MLSTM", "S5", "Attention", "BlockLists", "CausalDepthwiseConv", "ChunkPlan",

@@ -5,9 +5,9 @@
 import jax
 import pytest
 
-from tests.assertions import assert_matches
-from tests.gpu_compile import SHARED_MEMORY_BYTES, compile_for_h200, compile_triton_for_h200
-from tests.kernels import (
+from tests.support.assertions import assert_matches
+from tests.support.gpu_compile import SHARED_MEMORY_BYTES, compile_for_h200, compile_triton_for_h200
+from tests.support.kernels import (
     HAS_LIBTPU,
     KERNELS,
     TPU_TOPOLOGIES,

@@ -2,7 +2,7 @@
 
   python -m experiments.train --config=compare_isotropic --workdir=runs/flat
 """
-from configs._compare import run_config
+from configs.compare._compare import run_config
 from hnet import StageConfig
 
 

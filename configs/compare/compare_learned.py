@@ -2,7 +2,7 @@
 
   python -m experiments.train --config=compare_learned --workdir=runs/learned
 """
-from configs._compare import chunked_config
+from configs.compare._compare import chunked_config
 
 
 def get_config():

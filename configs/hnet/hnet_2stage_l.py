@@ -4,7 +4,7 @@
 
 The recipe, and what to set before you run this, are in _official.py.
 """
-from configs._official import PEAK_LR_L, main_network, outer_stage, paper_run
+from configs.hnet._official import PEAK_LR_L, main_network, outer_stage, paper_run
 
 
 def get_config():

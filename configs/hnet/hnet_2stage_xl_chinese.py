@@ -5,7 +5,7 @@
 The recipe is in _official.py, with what to set before you run this. The paper trained on 46 billion tokens of
 Chinese; the number of steps is that of English here.
 """
-from configs._official import PEAK_LR_XL, main_network, outer_stage, paper_run
+from configs.hnet._official import PEAK_LR_XL, main_network, outer_stage, paper_run
 
 
 def get_config():

@@ -4,7 +4,7 @@
 
 The recipe is in _official.py, with what to set before you run this. The number of steps is that of English.
 """
-from configs._official import PEAK_LR_XL, main_network, outer_stage, paper_run
+from configs.hnet._official import PEAK_LR_XL, main_network, outer_stage, paper_run
 
 
 def get_config():

@@ -6,7 +6,7 @@
 smoothed. 6 bytes per word is what the paper measured on FineWeb-Edu, not a setting. Recipe, and what to set
 before you run this: _official.py.
 """
-from configs._official import PEAK_LR_L, main_network, outer_stage, paper_run
+from configs.hnet._official import PEAK_LR_L, main_network, outer_stage, paper_run
 
 
 def get_config():

@@ -6,7 +6,7 @@
 has a "global" one: add --config.model.stages.stage0.window=-1. Recipe, and what to set before you run this:
 _official.py.
 """
-from configs._official import PEAK_LR_L, main_network, paper_run
+from configs.hnet._official import PEAK_LR_L, main_network, paper_run
 
 
 def get_config():

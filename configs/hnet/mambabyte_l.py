@@ -4,7 +4,7 @@
 
 28 layers of Mamba-2 at width 1024 are our choice. Recipe, and what to set before you run this: _official.py.
 """
-from configs._official import PEAK_LR_L, main_network, paper_run
+from configs.hnet._official import PEAK_LR_L, main_network, paper_run
 
 
 def get_config():

@@ -7,7 +7,7 @@ learned padding to the wider stage, and every byte reads the output of its chunk
 our choice; 6 bytes per word is what the H-Net paper measured on FineWeb-Edu, not a setting. Recipe, and what to
 set before you run this: _official.py.
 """
-from configs._official import PEAK_LR_L, main_network, outer_stage, paper_run
+from configs.hnet._official import PEAK_LR_L, main_network, outer_stage, paper_run
 
 
 def get_config():

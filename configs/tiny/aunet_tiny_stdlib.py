@@ -5,7 +5,7 @@
 A word is the vector of the byte after it, which has seen it whole; what is a word is SpaceByte's rule. Every byte
 reads the output of its chunk, where AU-Net has a map of its own for each place in a chunk.
 """
-from configs._tiny import attention_stage, byte_stage, tiny_run
+from configs.tiny._tiny import attention_stage, byte_stage, tiny_run
 from hnet import HNetConfig
 
 

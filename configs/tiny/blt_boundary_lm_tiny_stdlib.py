@@ -2,7 +2,7 @@
 
   python -m experiments.train --config=blt_boundary_lm_tiny_stdlib --workdir=runs/lm
 """
-from configs._tiny import blt_boundary_lm, tiny_run
+from configs.tiny._tiny import blt_boundary_lm, tiny_run
 
 
 def get_config():

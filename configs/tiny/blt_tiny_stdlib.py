@@ -7,7 +7,7 @@ A patch is the maximum over its bytes' vectors, and every byte reads the output 
 cross-attention on both ways; it also embeds the byte n-grams that end at each byte. At 2.75 nats, patches of
 held-out text have 4.0 bytes.
 """
-from configs._tiny import attention_stage, blt_boundary_lm, byte_stage, tiny_run
+from configs.tiny._tiny import attention_stage, blt_boundary_lm, byte_stage, tiny_run
 from hnet import HNetConfig
 
 

@@ -5,7 +5,7 @@
 A patch is the mean of its bytes' vectors, where MegaByte puts their embeddings side by side; and attention over
 bytes reaches back across patches.
 """
-from configs._tiny import attention_stage, byte_stage, tiny_run
+from configs.tiny._tiny import attention_stage, byte_stage, tiny_run
 from hnet import HNetConfig
 
 

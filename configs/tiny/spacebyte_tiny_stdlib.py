@@ -6,7 +6,7 @@ Where chunks begin is SpaceByte's rule. The way in and out is H-Net's: a linear 
 padding to the wider stage, and every byte reads the output of its chunk. Words of this corpus have 8.2 bytes with
 the space before them, because indentation counts as one space.
 """
-from configs._tiny import attention_stage, byte_stage, tiny_run
+from configs.tiny._tiny import attention_stage, byte_stage, tiny_run
 from hnet import HNetConfig
 
 

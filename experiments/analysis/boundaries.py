@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import optax
 
-from experiments.chunk_html import ChunkedText, StageChunks
 from experiments.config import RunConfig
 from experiments.data import BOS
+from experiments.pages.chunk_html import ChunkedText, StageChunks
 from hnet import HNetLM, StageOutput
 
 ROWS = 8  # windows that the model reads at once; fewer are padded to it, so that it compiles once

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.chunk_html import ChunkedText, StageChunks, characters, chunk_lengths
+from experiments.pages.chunk_html import ChunkedText, StageChunks, characters, chunk_lengths
 
 PROBABILITY_BINS = 10  # of equal width, from 0 to 1
 

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.chunk_html import ChunkedText, characters, chunk_lengths
-from experiments.chunk_statistics import Table, bits_per_byte, boundary_agreement, boundary_rate, number
+from experiments.analysis.chunk_statistics import Table, bits_per_byte, boundary_agreement, boundary_rate, number
+from experiments.pages.chunk_html import ChunkedText, characters, chunk_lengths
 
 TYPO_RATE = 0.05  # of all letters
 RUN = b"a" * 100

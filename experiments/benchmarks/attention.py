@@ -25,7 +25,7 @@ import numpy as np
 
 from experiments.benchmarks.timing import interleaved_seconds, write_results
 from experiments.errors import run_command
-from experiments.svg_plot import Row, colour, row_plot, standalone
+from experiments.pages.svg import Row, colour, row_plot, standalone
 from layers import BlockLists, MaskSpec, block_sparse_attention
 
 DENSITIES = (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16)

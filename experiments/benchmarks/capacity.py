@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.analysis.flops import count_flops
 from experiments.benchmarks.timing import interleaved_seconds, write_results
 from experiments.errors import run_command
-from experiments.flops import count_flops
 from hnet import HNetConfig, HNetLM, StageConfig, parameter_shapes
 
 ROWS, LENGTH = 16, 512  # bytes

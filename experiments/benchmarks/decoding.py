@@ -15,7 +15,7 @@ import numpy as np
 
 from experiments.benchmarks.timing import interleaved_seconds, write_results
 from experiments.config import RunConfig
-from experiments.config_loading import load_config
+from experiments.config.files import load_config
 from experiments.errors import run_command
 from hnet import HNetConfig, HNetLM, init_decode_state, parameter_shapes, step
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import jax
 
-from experiments.manifest import git_state
-from experiments.text_table import aligned
+from experiments.pages.text_table import aligned
+from experiments.runs.manifest import git_state
 
 
 def interleaved_seconds(

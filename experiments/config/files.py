@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from experiments.errors import UsageError, suggest
 
-CONFIGS_DIRECTORY = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS_DIRECTORY = Path(__file__).resolve().parents[2] / "configs"
 _SCALARS = (bool, int, float, str)
 
 
@@ -23,7 +23,7 @@ def load_config(name: str, overrides: list[str], *, directory: Path = CONFIGS_DI
     """Loads a config and sets the fields named in `overrides`.
 
     Args:
-      name: "quickstart" for directory/quickstart.py, or the path of any config file, which ends in ".py".
+      name: "quickstart" for quickstart.py in `directory` or a folder of it, or the path of a file ending in ".py".
       overrides: "--config.optimizer.peak_lr=1e-3", or the same as two strings.
     Returns:
       A locked config: setting a field that it does not have raises.
@@ -95,13 +95,19 @@ def _find(name: str, directory: Path) -> Path:
         if not path.is_file():
             raise UsageError(f"--config={name}: there is no such file")
         return path
-    available = sorted(path.stem for path in directory.glob("*.py") if not path.stem.startswith("_"))
+    found = configs_in(directory)
+    available = sorted(found)
     if name not in available:
         raise UsageError(
             f"--config={name}: no config of that name{suggest(name, available)}; available: "
             f"{', '.join(available) or 'none'} (or give the path of a .py file)"
         )
-    return directory / f"{name}.py"
+    return found[name]
+
+
+def configs_in(directory: Path = CONFIGS_DIRECTORY) -> dict[str, Path]:
+    """Maps the bare name of every config in `directory` and its sub-folders to its file."""
+    return {path.stem: path for path in sorted(directory.rglob("*.py")) if not path.stem.startswith("_")}
 
 
 def _run_get_config(path: Path) -> ConfigDict:

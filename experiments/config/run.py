@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from experiments.errors import UsageError, suggest
 from hnet import HNetConfig
-from layers.ratio_loss import RatioObjective
+from layers.chunking.ratio_loss import RatioObjective
 
 SCHEDULES = {
     "wsd": "warm up, stay, fall as 1 - sqrt",
@@ -109,7 +109,7 @@ class RunConfig:
     tokens_per_chunk: tuple[float, ...] = (4.0,)  # what the ratio loss aims at, one per chunking stage
     tokens_per_chunk_start: tuple[float, ...] = ()  # what it aims at in the first step; () = the same
     tokens_per_chunk_ramp_steps: int = 0            # from there to tokens_per_chunk, in equal parts
-    ratio_objective: str = "hnet"    # hnet | hinge = only too many chunks cost | none; see layers/ratio_loss.py
+    ratio_objective: str = "hnet"    # hnet | hinge = only too many chunks cost | none; see layers.ratio_loss
     ratio_statistics: str = "global"  # means over: global = the batch | local = the rows of each data shard
     ratio_loss_weight: float = 0.03
     max_overflow_fraction: float = 1.0  # more of a stage's boundaries past its capacity stop training; 1 = never

@@ -8,9 +8,9 @@ import itertools
 
 import numpy as np
 
-from experiments.chunk_html import ChunkedText, characters, chunk_edges, has_glyph
-from experiments.chunk_statistics import Table
-from experiments.text_table import aligned
+from experiments.analysis.chunk_statistics import Table
+from experiments.pages.chunk_html import ChunkedText, characters, chunk_edges, has_glyph
+from experiments.pages.text_table import aligned
 
 # Each background comes with its ink, so that both can be read on dark terminals and on light ones.
 _COLOURS = ("\x1b[38;5;16;48;5;153m", "\x1b[38;5;16;48;5;223m")  # black on light blue, on light amber

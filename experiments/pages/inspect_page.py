@@ -5,10 +5,10 @@ Like the report, the page stands alone, and a content security policy lets a bro
 import html
 from typing import NamedTuple
 
-from experiments.chunk_html import ChunkedText, chunk_lengths, render_chunked_text
-from experiments.chunk_statistics import Table, bits_per_byte, number
-from experiments.report_page import figure, html_page, note
-from experiments.svg_plot import NARROW, WIDE, histogram
+from experiments.analysis.chunk_statistics import Table, bits_per_byte, number
+from experiments.pages.chunk_html import ChunkedText, chunk_lengths, render_chunked_text
+from experiments.pages.report_page import figure, html_page, note
+from experiments.pages.svg import NARROW, WIDE, histogram
 
 NO_STAGES = "This model has no stages that chunk: it reads every byte at full depth."
 PLACES_LEGEND = (

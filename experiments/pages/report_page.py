@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from experiments.chunk_html import CHUNK_CSS, ChunkedText, chunk_lengths, render_chunked_text, visible_text
-from experiments.svg_plot import NARROW, PLOT_CSS, WIDE, Series, format_number, histogram, line_plot
+from experiments.pages.chunk_html import CHUNK_CSS, ChunkedText, chunk_lengths, render_chunked_text, visible_text
+from experiments.pages.svg import NARROW, PLOT_CSS, WIDE, Series, format_number, histogram, line_plot
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.svg_plot import Row, Series, colour, format_number, line_plot, row_plot, standalone
+from experiments.pages.svg import Row, Series, colour, format_number, line_plot, row_plot, standalone
 
 BITS = "eval/bits_per_byte"
 

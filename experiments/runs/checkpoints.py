@@ -25,8 +25,8 @@ import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from experiments.checksums import array_checksums, leaves_by_path
 from experiments.errors import UsageError
+from experiments.runs.checksums import array_checksums, leaves_by_path
 
 PyTree = Any
 T = TypeVar("T")

@@ -16,7 +16,7 @@ import jax
 
 from experiments.errors import UsageError
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "hnet-jax")
 
 

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from experiments.checkpoints import Checkpoints, Restored, array_types, first_misfit
 from experiments.config import DataConfig, RunConfig
-from experiments.config_loading import apply_overrides, config_from_json, split_overrides
+from experiments.config.files import apply_overrides, config_from_json, split_overrides
 from experiments.data import Corpus, load_corpus
 from experiments.errors import UsageError
-from experiments.mesh import make_mesh, use_mesh
-from experiments.train_step import TrainState, compile_program, weights
+from experiments.runs.checkpoints import Checkpoints, Restored, array_types, first_misfit
+from experiments.training.mesh import make_mesh, use_mesh
+from experiments.training.step import TrainState, compile_program, weights
 
 PARAMETERS_ONLY = "parameters"  # meta["contents"] of a checkpoint without an optimizer's state
 

@@ -5,13 +5,13 @@ from typing import Any
 
 import jax
 
-from experiments.checkpoints import Checkpoints
 from experiments.config import RunConfig
-from experiments.config_loading import config_to_json
+from experiments.config.files import config_to_json
 from experiments.data import Corpus
 from experiments.errors import UsageError
-from experiments.run import PARAMETERS_ONLY, restore_params, saved_config
-from experiments.train_step import Program, TrainState
+from experiments.runs.checkpoints import Checkpoints
+from experiments.runs.saved_run import PARAMETERS_ONLY, restore_params, saved_config
+from experiments.training.step import Program, TrainState
 
 logger = logging.getLogger(__name__)
 

@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from experiments.config_loading import CONFIGS_DIRECTORY, load_config, split_overrides
+from experiments.config.files import CONFIGS_DIRECTORY, load_config, split_overrides
 from experiments.errors import RunError, UsageError, run_command
-from experiments.manifest import prepare_workdir, write_manifest
-from experiments.progress import Progress
-from experiments.run import enable_compilation_cache
+from experiments.runs.manifest import prepare_workdir, write_manifest
+from experiments.runs.progress import Progress
+from experiments.runs.saved_run import enable_compilation_cache
 from experiments.tasks.config import TaskConfig
 from experiments.tasks.page import choose_rates, render_plot, render_table
 from experiments.tasks.results import Result, RunName, load, save

@@ -5,7 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from experiments.config import SCHEDULES, check_choice
+from experiments.config.run import SCHEDULES, check_choice
 from experiments.errors import UsageError
 from hnet import StageConfig
 
@@ -103,7 +103,7 @@ class TaskConfig:
     num_steps: int = 1000
     batch_size: int = 64                   # sequences, all new in every step
     steps_per_call: int = 20               # on the device without a word from the host; divides num_steps
-    schedule: str = "cosine"               # of the learning rate, see experiments/config.py
+    schedule: str = "cosine"               # of the learning rate, see experiments/config/run.py
     warmup_fraction: float = 0.1           # of num_steps
     final_lr_fraction: float = 0.0         # of the peak, at the last step
     weight_decay: float = 0.1

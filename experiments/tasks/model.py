@@ -5,8 +5,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from hnet import HNetConfig, StageConfig
-from hnet.isotropic import Isotropic
 from hnet.model import residual_depth
+from hnet.stack import Isotropic
 from layers import CausalDepthwiseConv
 from layers.array_types import Array, Float, Int, typed
 

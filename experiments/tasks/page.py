@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from experiments.svg_plot import Row, Series, colour, format_number, line_plot, row_plot, standalone
-from experiments.sweep_page import markdown_table
+from experiments.pages.svg import Row, Series, colour, format_number, line_plot, row_plot, standalone
+from experiments.pages.sweep_page import markdown_table
 from experiments.tasks.results import Result
 from experiments.tasks.settings import Column
 

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from experiments.config_loading import config_from_json, flat_fields
+from experiments.config.files import config_from_json, flat_fields
 from experiments.errors import UsageError
 from experiments.tasks.config import TaskConfig
 from experiments.tasks.training import Measured

@@ -13,11 +13,11 @@ import numpy as np
 import optax
 
 from experiments.config import OptimizerConfig, RunConfig
-from experiments.optimizer import make_optimizer
 from experiments.tasks.config import TaskConfig
 from experiments.tasks.examples import Examples, Source, answer_nats, count_right, sample_batch, split_key
 from experiments.tasks.model import TaskModel
 from experiments.tasks.settings import Setting
+from experiments.training.optimizer import make_optimizer
 from hnet import HNetConfig, StageConfig
 
 

@@ -54,7 +54,7 @@ def loss_fn(
 
     Args:
       targets_per_stage: `tokens_per_chunk` of this step.
-      num_groups: of the rows, for the statistics of the ratio losses; see `layers.ratio_loss`.
+      num_groups: of the rows, for the statistics of the ratio losses; see `layers.chunking.ratio_loss`.
     """
     output = apply_model(model, params, batch)
     metrics = stage_metrics(output)

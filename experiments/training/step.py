@@ -12,9 +12,9 @@ from jax.sharding import Mesh
 
 from experiments.config import RunConfig
 from experiments.errors import UsageError
-from experiments.losses import Batch, Metrics, loss_fn, target_mask, tokens_per_chunk
-from experiments.mesh import batch_sharding, parameter_shardings, replicated
-from experiments.optimizer import learning_rate, make_optimizer
+from experiments.training.losses import Batch, Metrics, loss_fn, target_mask, tokens_per_chunk
+from experiments.training.mesh import batch_sharding, parameter_shardings, replicated
+from experiments.training.optimizer import learning_rate, make_optimizer
 from hnet import HNetLM, parameter_shapes
 
 

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Bool, Float, Int, typed
-from layers.linear import Linear
-from layers.rotary import rotary
-from layers.segments import segment_positions
+from layers.arrays.segments import segment_positions
+from layers.nn.linear import Linear
+from layers.nn.rotary import rotary
 
 AttentionImplementation = Literal["auto", "reference", "xla", "cudnn", "tokamax"]
 

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Float, typed
-from layers.block_lists import BlockLists
-from layers.block_sparse_attention import block_sparse_attention
-from layers.linear import Linear
-from layers.mask_spec import MaskSpec
-from layers.sparse_attention import best, project_heads, selected_blocks_attention, sliding_window_attention
+from layers.attention.block_lists import BlockLists
+from layers.attention.block_sparse import block_sparse_attention
+from layers.attention.mask import MaskSpec
+from layers.attention.patterns import best, project_heads, selected_blocks_attention, sliding_window_attention
+from layers.nn.linear import Linear
 
 
 @typed

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from layers.array_types import Array, Bool, Float, Int, typed
-from layers.block_lists import BlockLists
-from layers.block_sparse_attention import block_sparse_attention
-from layers.linear import Linear
-from layers.mask_spec import MaskSpec, pack_row_select
-from layers.rotary import rotary
-from layers.segments import segment_positions
+from layers.arrays.segments import segment_positions
+from layers.attention.block_lists import BlockLists
+from layers.attention.block_sparse import block_sparse_attention
+from layers.attention.mask import MaskSpec, pack_row_select
+from layers.nn.linear import Linear
+from layers.nn.rotary import rotary
 
 Segments = Int[Array, "b t"] | None
 

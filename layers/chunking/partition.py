@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Bool, Float, Int, Shaped, typed
-from layers.segments import last_real, segment_ordinals, segment_starts
-from layers.smoothing import SmoothingImplementation, smooth
+from layers.arrays.segments import last_real, segment_ordinals, segment_starts
+from layers.chunking.smoothing import SmoothingImplementation, smooth
 
 Pooling = Literal["mean", "max"]
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Bool, Float, Int, typed
-from layers.segments import last_real, segment_positions, segment_starts
+from layers.arrays.segments import last_real, segment_positions, segment_starts
 
 
 class RouterHints(NamedTuple):

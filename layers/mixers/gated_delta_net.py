@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Float, Int, typed
-from layers.gated_delta_rule import gated_delta_rule
-from layers.heads import ConvolvedHeads, GatedOutput, LowRank, num_heads_for, unit
-from layers.linear import Linear
-from layers.mamba2 import a_log_init, dt_bias_init
-from layers.matrix_recurrence import MatrixImplementation
+from layers.mixers.mamba2 import a_log_init, dt_bias_init
+from layers.mixers.parts import ConvolvedHeads, GatedOutput, LowRank, num_heads_for, unit
+from layers.nn.linear import Linear
+from layers.recurrences.gated_delta_rule import gated_delta_rule
+from layers.recurrences.matrix import MatrixImplementation
 
 
 class DeltaNetState(NamedTuple):

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from layers.array_types import Array, Float, Int, typed
-from layers.causal_conv import CausalDepthwiseConv
-from layers.diagonal_recurrence import DiagonalImplementation
-from layers.linear import Linear
-from layers.rg_lru import RGLRUState, rg_lru
+from layers.nn.causal_conv import CausalDepthwiseConv
+from layers.nn.linear import Linear
+from layers.recurrences.diagonal import DiagonalImplementation
+from layers.recurrences.rg_lru import RGLRUState, rg_lru
 
 
 class GriffinState(NamedTuple):

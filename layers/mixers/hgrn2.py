@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Float, Int, typed
-from layers.gated_linear_attention import gated_linear_attention
-from layers.heads import GatedOutput, num_heads_for
-from layers.linear import Linear
-from layers.matrix_recurrence import MatrixImplementation
+from layers.mixers.parts import GatedOutput, num_heads_for
+from layers.nn.linear import Linear
+from layers.recurrences.gated_linear_attention import gated_linear_attention
+from layers.recurrences.matrix import MatrixImplementation
 
 
 class HGRN2State(NamedTuple):

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from layers.array_types import Array, Float, Int, typed
-from layers.causal_conv import CausalDepthwiseConv
-from layers.heads import num_heads_for
-from layers.linear import Linear
-from layers.matrix_recurrence import MatrixImplementation
-from layers.norms import rms_norm
-from layers.ssd import ssd_scan
+from layers.mixers.parts import num_heads_for
+from layers.nn.causal_conv import CausalDepthwiseConv
+from layers.nn.linear import Linear
+from layers.nn.norms import rms_norm
+from layers.recurrences.matrix import MatrixImplementation
+from layers.recurrences.ssd import ssd_scan
 
 
 class Mamba2State(NamedTuple):

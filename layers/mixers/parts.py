@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Float, Int, typed
-from layers.causal_conv import CausalDepthwiseConv
-from layers.linear import Linear
-from layers.norms import rms_norm
+from layers.nn.causal_conv import CausalDepthwiseConv
+from layers.nn.linear import Linear
+from layers.nn.norms import rms_norm
 
 
 class ConvolvedHeads(nn.Module):

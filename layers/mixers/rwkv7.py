@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Float, Int, typed
-from layers.causal_conv import causal_depthwise_conv
-from layers.dplr_recurrence import dplr_recurrence
-from layers.heads import LowRank, num_heads_for, unit
-from layers.linear import Linear
-from layers.matrix_recurrence import MatrixImplementation
+from layers.mixers.parts import LowRank, num_heads_for, unit
+from layers.nn.causal_conv import causal_depthwise_conv
+from layers.nn.linear import Linear
+from layers.recurrences.dplr_recurrence import dplr_recurrence
+from layers.recurrences.matrix import MatrixImplementation
 
 FASTEST_LOG_DECAY = -math.exp(-0.5)  # eq. 12: no channel keeps less than exp of this
 NORM_EPSILON = 64e-5

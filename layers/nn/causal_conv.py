@@ -3,7 +3,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from layers.array_types import Array, Float, Int, typed
-from layers.segments import segment_ordinals
+from layers.arrays.segments import segment_ordinals
 
 
 @typed

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Float, typed
-from layers.linear import Linear
+from layers.nn.linear import Linear
 
 
 class SwiGLU(nn.Module):

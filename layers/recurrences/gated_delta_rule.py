@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Float, Int, typed
-from layers.matrix_recurrence import (
+from layers.recurrences.matrix import (
     MatrixImplementation,
     Tokens,
     decay_per_head,

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from layers.array_types import Array, Float, Int, typed
-from layers.gated_linear_attention import gated_linear_attention
-from layers.matrix_recurrence import MatrixImplementation
+from layers.recurrences.gated_linear_attention import gated_linear_attention
+from layers.recurrences.matrix import MatrixImplementation
 
 
 class SlotState(NamedTuple):

@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Float, Int, typed
-from layers.diagonal_recurrence import DiagonalImplementation, diagonal_recurrence
+from layers.recurrences.diagonal import DiagonalImplementation, diagonal_recurrence
 
 
 @typed

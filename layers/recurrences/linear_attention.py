@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Float, Int, typed
-from layers.gated_linear_attention import gated_linear_attention
-from layers.matrix_recurrence import MatrixImplementation
+from layers.recurrences.gated_linear_attention import gated_linear_attention
+from layers.recurrences.matrix import MatrixImplementation
 
 EPSILON = 1e-10  # added to the sum of weights
 

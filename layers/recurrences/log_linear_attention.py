@@ -20,9 +20,9 @@ import numpy as np
 from einops import rearrange
 
 from layers.array_types import Array, Float, Int, typed
-from layers.exact import exact_einsum
-from layers.log_decay import NOTHING_LEFT
-from layers.segments import segment_ordinals, segment_positions, segment_starts
+from layers.arrays.exact import exact_einsum
+from layers.arrays.segments import segment_ordinals, segment_positions, segment_starts
+from layers.recurrences.log_decay import NOTHING_LEFT
 
 LogLinearImplementation = Literal["auto", "reference", "ladder"]
 CHUNK_SIZE = 32       # tokens, a power of 2

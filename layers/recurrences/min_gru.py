@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Float, Int, typed
-from layers.diagonal_recurrence import DiagonalImplementation, diagonal_recurrence
-from layers.linear import Linear
+from layers.nn.linear import Linear
+from layers.recurrences.diagonal import DiagonalImplementation, diagonal_recurrence
 
 
 @typed

@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Float, Int, typed
-from layers.gated_linear_attention import gated_linear_attention
-from layers.heads import num_heads_for
-from layers.linear import Linear
-from layers.linear_attention import join_state, split_state, with_ones
-from layers.matrix_recurrence import MatrixImplementation
-from layers.norms import rms_norm
-from layers.running_max import fading_max_before
+from layers.mixers.parts import num_heads_for
+from layers.nn.linear import Linear
+from layers.nn.norms import rms_norm
+from layers.recurrences.gated_linear_attention import gated_linear_attention
+from layers.recurrences.linear_attention import join_state, split_state, with_ones
+from layers.recurrences.matrix import MatrixImplementation
+from layers.recurrences.running_max import fading_max_before
 
 InputActivation = Literal["exp", "sigmoid"]
 EPSILON = 1e-6  # added to the normaliser

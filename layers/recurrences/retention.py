@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from layers.array_types import Array, Float, Int, typed
-from layers.gated_linear_attention import gated_linear_attention
-from layers.matrix_recurrence import MatrixImplementation
+from layers.recurrences.gated_linear_attention import gated_linear_attention
+from layers.recurrences.matrix import MatrixImplementation
 
 
 @typed

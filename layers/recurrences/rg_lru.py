@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Float, Int, typed
-from layers.diagonal_recurrence import DiagonalImplementation, diagonal_recurrence
-from layers.segments import segment_starts
+from layers.arrays.segments import segment_starts
+from layers.recurrences.diagonal import DiagonalImplementation, diagonal_recurrence
 
 DECAY_SHARPNESS = 8.0       # c in the paper: how far the gate can move the decay
 LARGEST_SQRT_SLOPE = 1000.0

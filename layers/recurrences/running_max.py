@@ -3,8 +3,8 @@ import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Float, Int, typed
-from layers.log_decay import NOTHING_LEFT
-from layers.segment_states import FIRST, PADDING, over_segments
+from layers.recurrences.log_decay import NOTHING_LEFT
+from layers.recurrences.segment_states import FIRST, PADDING, over_segments
 
 
 @typed

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from layers.array_types import Array, Float, Inexact, Int, typed
-from layers.diagonal_recurrence import DiagonalImplementation, diagonal_recurrence
-from layers.exact import exact_einsum
-from layers.state_space import discretize
+from layers.arrays.exact import exact_einsum
+from layers.recurrences.diagonal import DiagonalImplementation, diagonal_recurrence
+from layers.recurrences.state_space import discretize
 
 S4DImplementation = DiagonalImplementation | Literal["convolution"]
 

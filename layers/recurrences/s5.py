@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from layers.array_types import Array, Float, Inexact, Int, typed
-from layers.diagonal_recurrence import DiagonalImplementation, diagonal_recurrence
-from layers.linear import Linear
-from layers.state_space import Discretization, discretize, hippo_legs
+from layers.nn.linear import Linear
+from layers.recurrences.diagonal import DiagonalImplementation, diagonal_recurrence
+from layers.recurrences.state_space import Discretization, discretize, hippo_legs
 
 
 @typed

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from layers.context_parallel import Summary, states_around
-from layers.segments import segment_ordinals
+from layers.arrays.segments import segment_ordinals
+from layers.recurrences.context_parallel import Summary, states_around
 
 PADDING, REAL, FIRST = 0, 1, 2  # marks: the state passes over the token, enters it, or is dropped before it
 

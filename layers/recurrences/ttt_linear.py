@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Float, Int, typed
-from layers.exact import exact_einsum
-from layers.segment_states import FIRST, PADDING, REAL, over_segments
+from layers.arrays.exact import exact_einsum
+from layers.recurrences.segment_states import FIRST, PADDING, REAL, over_segments
 
 TTTImplementation = Literal["auto", "reference", "chunkwise"]
 EPSILON = 1e-6  # added to the variance

@@ -4,7 +4,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from tests.experiments import runs
+from tests.support import runs
 
 
 @pytest.fixture(scope="session")

@@ -11,10 +11,10 @@ import pytest
 from experiments import evaluate, generate, report, train
 from experiments.data import BOS, WindowSource
 from experiments.errors import UsageError
-from experiments.mesh import make_mesh
-from experiments.run import restore_run
+from experiments.runs.saved_run import restore_run
+from experiments.training.mesh import make_mesh
 from hnet import HNetLM, Sampling
-from tests.experiments.runs import KEPT_STEPS, finish, results, saved_steps, start
+from tests.support.runs import KEPT_STEPS, finish, results, saved_steps, start
 
 READERS = {"evaluate": evaluate.main, "generate": generate.main, "report": report.main}
 

@@ -5,12 +5,12 @@ import resource
 import pytest
 
 from experiments import describe
+from experiments.analysis.flops import model_flops_per_byte
 from experiments.config import RunConfig
-from experiments.config_loading import load_config
+from experiments.config.files import load_config
 from experiments.errors import UsageError
-from experiments.flops import model_flops_per_byte
 from hnet import parameter_shapes
-from tests.experiments.runs import config_of
+from tests.support.runs import config_of
 
 
 def _describe(capsys, *arguments) -> str:

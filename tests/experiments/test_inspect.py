@@ -5,13 +5,13 @@ import jax
 import pytest
 
 from experiments import inspect
+from experiments.analysis.perturbations import perturb
 from experiments.errors import UsageError
-from experiments.mesh import make_mesh
-from experiments.perturbations import perturb
-from experiments.run import Run
-from tests.experiments.runs import config_of
-from tests.experiments.test_report_page import HOSTILE, Page
-from tests.hnet.models import random_params
+from experiments.runs.saved_run import Run
+from experiments.training.mesh import make_mesh
+from tests.experiments.pages.test_report_page import HOSTILE, Page
+from tests.support.models import random_params
+from tests.support.runs import config_of
 
 TEXT = b"import x2\nthe chunk of\tgr\xc3\xbcn " + HOSTILE
 

@@ -11,14 +11,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
 from experiments import export_official, generate, import_official
-from experiments.checkpoints import Checkpoints
 from experiments.errors import UsageError
 from experiments.import_official import open_state_dict
-from experiments.mesh import make_mesh
-from experiments.run import restore_params, restore_run
+from experiments.runs.checkpoints import Checkpoints
+from experiments.runs.saved_run import restore_params, restore_run
+from experiments.training.mesh import make_mesh
 from hnet import BOS, HNetLM, load_official_params, parameter_shapes
-from hnet.official import to_official_params
-from tests.assertions import GOLDEN, GOLDEN_LOGITS_ERROR, golden
+from hnet.pretrained.hnet_release import to_official_params
+from tests.support.assertions import GOLDEN, GOLDEN_LOGITS_ERROR, golden
 
 NAME = "hnet_a_1stage"
 

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from experiments import sweep
+from experiments.analysis.flops import model_flops_per_byte
 from experiments.errors import RunError, UsageError
-from experiments.flops import model_flops_per_byte
-from experiments.sweep_page import Result, render_plot, render_table, tokens_per_chunk
-from tests.experiments.runs import config_of, finish, results, saved_steps, start
+from experiments.pages.sweep_page import Result, render_plot, render_table, tokens_per_chunk
+from tests.support.runs import config_of, finish, results, saved_steps, start
 
 SVG = "{http://www.w3.org/2000/svg}"
 

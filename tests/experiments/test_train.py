@@ -11,13 +11,14 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import evaluate, train, train_step
+from experiments import evaluate, train
 from experiments.errors import RunError
-from experiments.mesh import batch_sharding, make_mesh, use_mesh
-from experiments.run import restore_run
-from experiments.train_step import TrainState, compile_program
-from tests.assertions import ANOTHER_SUM_ORDER, assert_golden
-from tests.experiments.runs import (
+from experiments.runs.saved_run import restore_run
+from experiments.training import step as train_step
+from experiments.training.mesh import batch_sharding, make_mesh, use_mesh
+from experiments.training.step import TrainState, compile_program
+from tests.support.assertions import ANOTHER_SUM_ORDER, assert_golden
+from tests.support.runs import (
     KEPT_STEPS,
     NUM_STEPS,
     assert_same_training,
@@ -34,7 +35,7 @@ from tests.experiments.runs import (
 SIGNALLED = """
 import os, signal, sys
 from experiments import train
-from experiments.metrics import MetricsWriter
+from experiments.runs.metrics import MetricsWriter
 
 number, at_step, write = int(sys.argv[1]), int(sys.argv[2]), MetricsWriter.write
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import jax
 import pytest
 
-from experiments.mesh import make_mesh
-from experiments.metrics import read_metrics
+from experiments.runs.metrics import read_metrics
 from experiments.train import SIGTERM_EXIT
-from tests.experiments.runs import assert_same_training, config_of, finish, results, saved_steps, start, train_here
+from experiments.training.mesh import make_mesh
+from tests.support.runs import assert_same_training, config_of, finish, results, saved_steps, start, train_here
 
 pytestmark = pytest.mark.slow
 

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.mesh import batch_sharding, make_mesh, use_mesh
+from experiments.training.mesh import batch_sharding, make_mesh, use_mesh
 from hnet import HNetConfig, HNetLM, StageConfig
-from tests.assertions import SAME_COMPUTATION, assert_golden
-from tests.hnet.models import clear_tokens, compiled, one_stage_config, random_params, two_stage_config
+from tests.support.assertions import SAME_COMPUTATION, assert_golden
+from tests.support.models import clear_tokens, compiled, one_stage_config, random_params, two_stage_config
 
 T = 32
 CONFIG = one_stage_config()

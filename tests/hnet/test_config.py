@@ -4,7 +4,7 @@ import json
 import pytest
 
 from hnet import HNetConfig, StageConfig
-from tests.hnet.models import two_stage_config
+from tests.support.models import two_stage_config
 
 OFFICIAL = {
     "arch_layout": ["m4", ["T1m4", ["T26"], "m4T1"], "m4"], "d_model": [1024, 1024, 1536],

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from hnet import HNetConfig, HNetLM, StageConfig, init_decode_state, load_official_params
-from tests.assertions import GOLDEN_LOGITS_ERROR, golden
-from tests.hnet.models import clear_tokens, random_params, two_stage_config
+from tests.support.assertions import GOLDEN_LOGITS_ERROR, golden
+from tests.support.models import clear_tokens, random_params, two_stage_config
 
 
 @cache

@@ -4,7 +4,7 @@ import pytest
 
 from hnet import BOS, HNetConfig, HNetLM, Sampling, generate, generate_text, sample
 from hnet.generation import _programs
-from tests.hnet.models import compiled, random_params, two_stage_config
+from tests.support.models import compiled, random_params, two_stage_config
 
 CONFIG = two_stage_config()
 PARAMS = random_params(CONFIG)

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from hnet import HNetConfig, HNetLM, load_official_params
-from tests.assertions import (
+from tests.support.assertions import (
     GOLDEN_GRADIENT_LIMIT,
     GOLDEN_LOGITS_ERROR,
     GOLDEN_LOSS_ERROR,

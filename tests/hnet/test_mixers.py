@@ -6,7 +6,7 @@ import pytest
 
 from hnet import HNetConfig, HNetLM, StageConfig
 from hnet.config import MIXERS, parse_layout
-from tests.hnet.models import compiled, random_params, stepped_logits
+from tests.support.models import compiled, random_params, stepped_logits
 
 SIZES = dict(num_heads=2, rotary_width=4, feed_forward_width=16, ssm_state_size=4, ssm_expand=1, ssm_head_width=6)
 ALL = "".join((name.capitalize() if index % 2 else name) + "1" for index, name in enumerate(MIXERS))

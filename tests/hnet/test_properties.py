@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from hnet import HNetConfig
-from tests.assertions import SAME_COMPUTATION, assert_golden
-from tests.hnet.models import clear_tokens, compiled, random_params, two_stage_config
+from tests.support.assertions import SAME_COMPUTATION, assert_golden
+from tests.support.models import clear_tokens, compiled, random_params, two_stage_config
 
 T = 40
 CONFIG = two_stage_config()

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import strategies as st
 
 from hnet import HNetConfig, StageConfig
-from tests.assertions import GOLDEN_LOGITS_ERROR, SAME_COMPUTATION
-from tests.hnet.models import MARGIN, compiled_with_state, random_params, stepped_logits
+from tests.support.assertions import GOLDEN_LOGITS_ERROR, SAME_COMPUTATION
+from tests.support.models import MARGIN, compiled_with_state, random_params, stepped_logits
 
 ROWS, VOCAB = 3, 256
 COMMON = dict(num_heads=2, rotary_width=4, feed_forward_width=8, ssm_state_size=4, ssm_head_width=8)

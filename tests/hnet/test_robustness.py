@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from hnet import HNetConfig, HNetLM, StageConfig, init_decode_state, prefill
-from tests.assertions import GOLDEN_LOGITS_ERROR
-from tests.hnet.models import one_stage_config, random_params
+from tests.support.assertions import GOLDEN_LOGITS_ERROR
+from tests.support.models import one_stage_config, random_params
 
 T = 16
 

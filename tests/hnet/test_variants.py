@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from hnet import HNetConfig, HNetLM, init_decode_state
-from tests.assertions import GOLDEN_LOGITS_ERROR, SAME_COMPUTATION
-from tests.hnet.models import (
+from tests.support.assertions import GOLDEN_LOGITS_ERROR, SAME_COMPUTATION
+from tests.support.models import (
     compiled_with_state,
     one_stage_config,
     random_params,

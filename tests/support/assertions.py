@@ -26,7 +26,7 @@ SAME_COMPUTATION = 2e-5  # absolute, on logits of order 1 computed in another or
 OTHER_DEVICES = 2e-6  # relative: losses of 20 steps of training on one device and on eight
 ANOTHER_SUM_ORDER = 1e-5  # relative to the largest value: gradients of a batch and of its parts
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def golden(name: str) -> dict[str, np.ndarray]:

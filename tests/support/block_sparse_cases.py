@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from layers import BlockLists, MaskSpec, block_sparse_attention, pack_row_select
-from tests.inputs import Draw
+from tests.support.inputs import Draw
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.assertions import assert_matches
+from tests.support.assertions import assert_matches
 
 HALF = 7  # tokens; inputs are twice as long
 

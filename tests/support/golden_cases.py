@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.assertions import GOLDEN_LIMIT, assert_golden, golden
+from tests.support.assertions import GOLDEN_LIMIT, assert_golden, golden
 
 
 def golden_case(name: str, case: str) -> dict[str, np.ndarray]:

@@ -4,7 +4,7 @@
   TPU interpreter            semaphores, memory spaces, blocks out of range and races between cores, as on a chip
   GPU interpreter            warpgroups, barriers, copies and races, as on a Hopper GPU (jax 0.11 or newer)
   compiled ahead of time     for four TPUs, with their limits of vector and scalar memory (needs libtpu), or for an
-                             H200: matmuls in wgmma, no spilled registers, shared memory (tests/gpu_compile.py)
+                             H200: matmuls in wgmma, no spilled registers, shared memory (gpu_compile.py)
 
 Kernels in Triton have no interpreter of their own: they are in the test matrix of their op, and compiled.
 
@@ -28,8 +28,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, use_abstract_mesh
 
 from layers import diagonal_recurrence, dplr_recurrence, gated_delta_rule, gated_linear_attention
-from tests.inputs import Draw
-from tests.layers.block_sparse_attention.cases import Case, draw_inputs, in_float32, values_and_gradients
+from tests.support.block_sparse_cases import Case, draw_inputs, in_float32, values_and_gradients
+from tests.support.inputs import Draw
 
 TPU_TOPOLOGIES = ("v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
@@ -37,7 +37,7 @@ OFFLINE = {  # the compiler neither looks for a TPU nor refuses a second user of
     "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-4",
 }
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Kernel(NamedTuple):
@@ -272,7 +272,7 @@ def compile_for_tpu(kernel: Kernel, topology: str) -> jax.stages.Compiled:
 
 def compile_offline(topology: str, names: list[str]) -> subprocess.CompletedProcess:
     """Compiles the named kernels in a process of their own, which prints a line for each."""
-    return subprocess.run([sys.executable, "-m", "tests.kernels", topology, *names],
+    return subprocess.run([sys.executable, "-m", "tests.support.kernels", topology, *names],
                           capture_output=True, text=True, cwd=ROOT, env=os.environ | OFFLINE)
 
 

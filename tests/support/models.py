@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hnet import HNetConfig, HNetLM, StageConfig, init_decode_state, parameter_shapes
-from tests.inputs import Draw
+from tests.support.inputs import Draw
 
 MARGIN = 1e-4  # no probability this close to 1/2: rounding must not move a boundary
 

@@ -12,12 +12,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from experiments.config import RunConfig
-from experiments.config_loading import load_config
+from experiments.config.files import load_config
 from experiments.data import BatchSource, WindowSource
-from experiments.mesh import batch_sharding, put_batch, use_mesh
-from experiments.run import open_corpus
-from experiments.train_step import TrainState, compile_program
-from tests.assertions import OTHER_DEVICES
+from experiments.runs.saved_run import open_corpus
+from experiments.training.mesh import batch_sharding, put_batch, use_mesh
+from experiments.training.step import TrainState, compile_program
+from tests.support.assertions import OTHER_DEVICES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NUM_STEPS = 20

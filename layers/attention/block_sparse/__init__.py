@@ -1,5 +1,5 @@
 """Attention over lists of blocks that may be traced: one function, several implementations."""
-from layers.block_sparse_attention.op import (
+from layers.attention.block_sparse.op import (
     block_sparse_attention,
     merge_by_lse,
     sharded_block_sparse_attention,

@@ -10,12 +10,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from layers.array_types import Array, Float, typed
-from layers.block_lists import BlockLists
-from layers.block_sparse_attention import xla
-from layers.block_sparse_attention.reference import attention_reference
-from layers.block_sparse_attention.tiles import Settings, Sizes, Tiles, make_tiles
-from layers.kernels import KERNELS, kernel_module, log_once
-from layers.mask_spec import SELECT_BITS, MaskSpec, add_sinks, pad_tokens
+from layers.arrays.dispatch import KERNELS, kernel_module, log_once
+from layers.attention.block_lists import BlockLists
+from layers.attention.block_sparse import xla
+from layers.attention.block_sparse.reference import attention_reference
+from layers.attention.block_sparse.tiles import Settings, Sizes, Tiles, make_tiles
+from layers.attention.mask import SELECT_BITS, MaskSpec, add_sinks, pad_tokens
 
 BlockSparseImplementation = Literal["auto", "reference", "xla", "pallas_tpu", "pallas_gpu"]
 CAUSAL = MaskSpec()
@@ -224,7 +224,7 @@ def _run(direction: str, settings: Settings, q, k, v, tiles, *others):
 
 
 def _module(implementation: str) -> ModuleType:
-    return xla if implementation == "xla" else kernel_module("block_sparse_attention", implementation)
+    return xla if implementation == "xla" else kernel_module("attention.block_sparse", implementation)
 
 
 @functools.cache

@@ -24,8 +24,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from layers.block_sparse_attention.tiles import ALL, NOTHING, Settings, Sizes, Tiles, transpose
-from layers.mask_spec import SELECT_BITS, is_selected, may_attend
+from layers.attention.block_sparse.tiles import ALL, NOTHING, Settings, Sizes, Tiles, transpose
+from layers.attention.mask import SELECT_BITS, is_selected, may_attend
 
 try:
     from jax.experimental.pallas import mosaic_gpu as plgpu

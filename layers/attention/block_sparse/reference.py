@@ -2,8 +2,8 @@
 import jax
 import jax.numpy as jnp
 
-from layers.block_lists import BlockLists
-from layers.mask_spec import SELECT_BITS, MaskSpec, is_selected, may_attend, token_rows
+from layers.attention.block_lists import BlockLists
+from layers.attention.mask import SELECT_BITS, MaskSpec, is_selected, may_attend, token_rows
 
 
 def attention_reference(

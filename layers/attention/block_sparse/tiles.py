@@ -1,7 +1,7 @@
 """What every fast implementation is given beside padded, heads-first arrays: the tiles it is to compute.
 
 A tile is a block of queries with a block of keys. Inside, the mask forbids every pair, some, or none; block bounds
-(`layers.mask_spec.some_and_all`) tell which, so that no work is done in the first kind and no predicate is
+(`layers.attention.mask.some_and_all`) tell which, so that no work is done in the first kind and no predicate is
 evaluated in the last.
 
 Letters: b rows, m lists per row, i query blocks, j key blocks, l entries of a list, T and S padded lengths.
@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from layers.block_lists import BlockLists
-from layers.mask_spec import MaskSpec, block_bounds, pad_tokens, some_and_all, token_rows
+from layers.attention.block_lists import BlockLists
+from layers.attention.mask import MaskSpec, block_bounds, pad_tokens, some_and_all, token_rows
 
 NOTHING, SOME, ALL = 0, 1, 2  # kinds of tiles: pairs that may attend
 

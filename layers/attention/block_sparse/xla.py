@@ -12,8 +12,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from layers.block_sparse_attention.tiles import NOTHING, Settings, Tiles, transpose
-from layers.mask_spec import SELECT_BITS, is_selected, may_attend
+from layers.attention.block_sparse.tiles import NOTHING, Settings, Tiles, transpose
+from layers.attention.mask import SELECT_BITS, is_selected, may_attend
 
 TOKENS_PER_TURN = 512  # more make larger matmuls, and more work past the end of a list
 

@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Float, Inexact, Int, typed
-from layers.context_parallel import Summary, varying_like
-from layers.diagonal_recurrence import xla
-from layers.diagonal_recurrence.parts import Parts, Settings, decay, joined, split
-from layers.diagonal_recurrence.reference import sequential
-from layers.kernels import KERNELS, kernel_module, log_once, spread_over
-from layers.log_decay import check_log_decay
-from layers.segment_states import PADDING, Shards, over_segments
+from layers.arrays.dispatch import KERNELS, kernel_module, log_once, spread_over
+from layers.recurrences.context_parallel import Summary, varying_like
+from layers.recurrences.diagonal import xla
+from layers.recurrences.diagonal.parts import Parts, Settings, decay, joined, split
+from layers.recurrences.diagonal.reference import sequential
+from layers.recurrences.log_decay import check_log_decay
+from layers.recurrences.segment_states import PADDING, Shards, over_segments
 
 DiagonalImplementation = Literal["auto", "reference", "associative", "pallas_tpu", "pallas_gpu"]
 SCANS = {"reference": sequential, "associative": xla.associative}
@@ -122,10 +122,10 @@ def _run(direction: str, settings: Settings, h: Parts, gate: Parts, *others) -> 
     def of(name):
         if name in SCANS:
             return functools.partial(getattr(xla, direction), SCANS[name], settings)
-        return functools.partial(getattr(kernel_module("diagonal_recurrence", name), direction), settings)
+        return functools.partial(getattr(kernel_module("recurrences.diagonal", name), direction), settings)
 
     def problem(name):
-        return spread_over() or kernel_module("diagonal_recurrence", name).unsupported(settings, h, gate)
+        return spread_over() or kernel_module("recurrences.diagonal", name).unsupported(settings, h, gate)
 
     if settings.implementation != "auto":
         reason = problem(settings.implementation)

@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from layers.diagonal_recurrence.parts import (
+from layers.recurrences.diagonal.parts import (
     Parts,
     Settings,
     added,
@@ -26,7 +26,7 @@ from layers.diagonal_recurrence.parts import (
     times,
     wide,
 )
-from layers.segment_states import PADDING, REAL
+from layers.recurrences.segment_states import PADDING, REAL
 
 CHANNELS = (128, 64, 32)  # of a program: 4, 2 or 1 for each thread of its only warp
 AHEAD = 512               # elements of an array that a program reads ahead; with twice as many, registers run out

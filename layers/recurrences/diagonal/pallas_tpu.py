@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from layers.diagonal_recurrence.parts import (
+from layers.recurrences.diagonal.parts import (
     Parts,
     Settings,
     added,
@@ -26,7 +26,7 @@ from layers.diagonal_recurrence.parts import (
     where,
     wide,
 )
-from layers.segment_states import PADDING, REAL
+from layers.recurrences.segment_states import PADDING, REAL
 
 LANES = 128
 SUBLANES = 8            # rows of a register

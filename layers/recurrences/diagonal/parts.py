@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from layers.segment_states import FIRST, PADDING, REAL
+from layers.recurrences.segment_states import FIRST, PADDING, REAL
 
 Parts = tuple[jax.Array, ...]
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from layers.diagonal_recurrence.parts import Parts, Settings, added, conjugate, decay, gradients, joined, split
+from layers.recurrences.diagonal.parts import Parts, Settings, added, conjugate, decay, gradients, joined, split
 
 Scan = Callable[..., tuple[jax.Array, jax.Array]]  # as `sequential` of the reference
 

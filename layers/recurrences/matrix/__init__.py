@@ -1,10 +1,10 @@
-from layers.matrix_recurrence.op import (
+from layers.recurrences.matrix.op import (
     MatrixImplementation,
     decay_per_head,
     matrix_recurrence,
     per_group,
     per_head,
 )
-from layers.matrix_recurrence.tokens import Tokens
+from layers.recurrences.matrix.tokens import Tokens
 
 __all__ = ["MatrixImplementation", "Tokens", "decay_per_head", "matrix_recurrence", "per_group", "per_head"]

@@ -4,7 +4,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from layers.matrix_recurrence.tokens import Tokens
+from layers.recurrences.matrix.tokens import Tokens
 
 
 def by_heads(tokens: Tokens, chunk: int) -> Tokens:

@@ -9,9 +9,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from layers.matrix_recurrence.decays import Decays, exact_matmul, rounded_matmul
-from layers.matrix_recurrence.tokens import Settings, Tokens
-from layers.matrix_recurrence.triangular import unit_lower_inverse
+from layers.recurrences.matrix.decays import Decays, exact_matmul, rounded_matmul
+from layers.recurrences.matrix.tokens import Settings, Tokens
+from layers.recurrences.matrix.triangular import unit_lower_inverse
 
 CHUNK_OF_HEADS, CHUNK_OF_CHANNELS = 32, 16  # tokens, by what decays
 

@@ -20,14 +20,14 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from layers.context_parallel import Summary, varying_like
-from layers.kernels import KERNELS, kernel_module, log_once, spread_over
-from layers.log_decay import NOTHING_LEFT, check_log_decay
-from layers.matrix_recurrence.chunkwise import chunkwise
-from layers.matrix_recurrence.decays import exact_matmul
-from layers.matrix_recurrence.reference import sequential
-from layers.matrix_recurrence.tokens import Settings, Tokens
-from layers.segment_states import FIRST, PADDING, Shards, over_segments
+from layers.arrays.dispatch import KERNELS, kernel_module, log_once, spread_over
+from layers.recurrences.context_parallel import Summary, varying_like
+from layers.recurrences.log_decay import NOTHING_LEFT, check_log_decay
+from layers.recurrences.matrix.chunkwise import chunkwise
+from layers.recurrences.matrix.decays import exact_matmul
+from layers.recurrences.matrix.reference import sequential
+from layers.recurrences.matrix.tokens import Settings, Tokens
+from layers.recurrences.segment_states import FIRST, PADDING, Shards, over_segments
 
 MatrixImplementation = Literal["auto", "reference", "chunkwise", "pallas_tpu", "pallas_gpu"]
 FORMS = {"reference": sequential, "chunkwise": chunkwise}
@@ -194,7 +194,7 @@ def _problem(name: str, tokens: Tokens) -> str | None:
 
 
 def _module(name: str) -> ModuleType:
-    return kernel_module("matrix_recurrence", name)
+    return kernel_module("recurrences.matrix", name)
 
 
 def per_group(x: jax.Array, v: jax.Array, name: str) -> jax.Array:

@@ -16,11 +16,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from layers.matrix_recurrence.by_heads import by_heads, gradients_of, head_first, like, summed, token_first
-from layers.matrix_recurrence.chunkwise import one_chunk
-from layers.matrix_recurrence.decays import exact_matmuls_as
-from layers.matrix_recurrence.tile_decays import TileDecays
-from layers.matrix_recurrence.tokens import Settings, Tokens
+from layers.recurrences.matrix.by_heads import by_heads, gradients_of, head_first, like, summed, token_first
+from layers.recurrences.matrix.chunkwise import one_chunk
+from layers.recurrences.matrix.decays import exact_matmuls_as
+from layers.recurrences.matrix.tile_decays import TileDecays
+from layers.recurrences.matrix.tokens import Settings, Tokens
 
 SMALLEST = 16         # of all sides of a matmul, which are powers of two
 CHUNK = SMALLEST      # tokens; with twice as many, keys of 128 numbers take more registers than there are

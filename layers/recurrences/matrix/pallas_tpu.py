@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from layers.matrix_recurrence.by_heads import by_heads, gradients_of, head_first, like, summed, token_first
-from layers.matrix_recurrence.chunkwise import one_chunk
-from layers.matrix_recurrence.tile_decays import TileDecays
-from layers.matrix_recurrence.tokens import Settings, Tokens
+from layers.recurrences.matrix.by_heads import by_heads, gradients_of, head_first, like, summed, token_first
+from layers.recurrences.matrix.chunkwise import one_chunk
+from layers.recurrences.matrix.tile_decays import TileDecays
+from layers.recurrences.matrix.tokens import Settings, Tokens
 
 CHUNK = 64  # tokens; more fill a matrix unit better, and take less memory for states
 ROWS = 16   # of a tile of bfloat16: a chunk has whole ones

@@ -4,7 +4,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from layers.matrix_recurrence.tokens import Settings, Tokens
+from layers.recurrences.matrix.tokens import Settings, Tokens
 
 
 def sequential(tokens: Tokens, state: jax.Array, settings: Settings) -> tuple[jax.Array, jax.Array]:

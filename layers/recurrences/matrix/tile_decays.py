@@ -2,7 +2,7 @@
 import jax
 import jax.numpy as jnp
 
-from layers.matrix_recurrence.decays import Decays, Matmul, exact_matmul, of_blocks, transposed
+from layers.recurrences.matrix.decays import Decays, Matmul, exact_matmul, of_blocks, transposed
 
 
 class TileDecays(Decays):

@@ -2,7 +2,7 @@
 import jax
 import jax.numpy as jnp
 
-from layers.matrix_recurrence.decays import exact_matmul
+from layers.recurrences.matrix.decays import exact_matmul
 
 
 @jax.custom_vjp

@@ -2,13 +2,13 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import boundaries
-from experiments.boundaries import byte_boundaries, chunk_texts
+from experiments.analysis import boundaries
+from experiments.analysis.boundaries import byte_boundaries, chunk_texts
 from experiments.config import DataConfig, RunConfig
 from experiments.data import BOS
 from hnet import HNetConfig, HNetLM, StageConfig
-from tests.assertions import SAME_COMPUTATION
-from tests.hnet.models import random_params
+from tests.support.assertions import SAME_COMPUTATION
+from tests.support.models import random_params
 
 SIZE = 32
 TEXT = np.random.default_rng(0).bytes(131)  # some of it is no UTF-8

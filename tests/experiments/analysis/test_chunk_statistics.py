@@ -5,8 +5,7 @@ import string
 import numpy as np
 import pytest
 
-from experiments.chunk_html import ChunkedText, StageChunks
-from experiments.chunk_statistics import (
+from experiments.analysis.chunk_statistics import (
     bars,
     bits_per_byte,
     boundary_agreement,
@@ -17,6 +16,7 @@ from experiments.chunk_statistics import (
     stage_statistics,
     stage_table,
 )
+from experiments.pages.chunk_html import ChunkedText, StageChunks
 
 CODE = b"if x2 ==\n\t10:  _y1"
 # Bytes 8 and 9 are the line feed and the tab; the underscore is byte 15.

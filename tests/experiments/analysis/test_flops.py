@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.flops import count_flops, model_flops_per_byte
+from experiments.analysis.flops import count_flops, model_flops_per_byte
 from hnet import HNetConfig, StageConfig
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments.analysis.reference_lines import corpus_reference_lines, reference_lines, sample_bytes
 from experiments.data import load_corpus
-from experiments.reference_lines import corpus_reference_lines, reference_lines, sample_bytes
 
 
 def _bytes(text: bytes) -> np.ndarray:

@@ -1,6 +1,6 @@
 import pytest
 
-from experiments.config_loading import (
+from experiments.config.files import (
     apply_overrides,
     config_from_json,
     config_to_json,

@@ -7,11 +7,12 @@ import jax
 import pytest
 
 from experiments.config import RunConfig
-from experiments.config_loading import CONFIGS_DIRECTORY, config_from_json, config_to_json, load_config
+from experiments.config.files import config_from_json, config_to_json, configs_in, load_config
 from hnet import parameter_shapes
-from hnet.official import to_official_json
+from hnet.pretrained.hnet_release import to_official_json
 
-NAMES = sorted(path.stem for path in CONFIGS_DIRECTORY.glob("*.py") if not path.stem.startswith("_"))
+FILES = {name: path for name, path in configs_in().items() if path.parent.name != "tasks"}
+NAMES = sorted(FILES)
 # Millions of parameters: of ours, about; of the paper's (arXiv 2507.07955), as it tells.
 OURS = {"quickstart": 0.5, "megabyte_tiny_stdlib": 0.5, "spacebyte_tiny_stdlib": 0.5, "aunet_tiny_stdlib": 0.5,
         "blt_tiny_stdlib": 0.5, "blt_boundary_lm_tiny_stdlib": 0.1}
@@ -50,7 +51,7 @@ def test_config_loads_round_trips_and_describes_a_model(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_docstring_gives_the_command(name):
-    docstring = ast.get_docstring(ast.parse((CONFIGS_DIRECTORY / f"{name}.py").read_text()))
+    docstring = ast.get_docstring(ast.parse(FILES[name].read_text()))
     assert f"--config={name} " in f"{docstring} "
 
 
@@ -68,7 +69,7 @@ def test_released_models_are_those_of_the_release(name):
 
 
 def test_a_copy_of_a_config_works_from_anywhere(tmp_path):
-    shutil.copy(CONFIGS_DIRECTORY / "hnet_1stage_l.py", tmp_path / "mine.py")
+    shutil.copy(FILES["hnet_1stage_l"], tmp_path / "mine.py")
     assert load_config(str(tmp_path / "mine.py"), []).to_dict() == load_config("hnet_1stage_l", []).to_dict()
 
 

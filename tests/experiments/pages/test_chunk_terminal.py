@@ -3,9 +3,9 @@ import re
 import numpy as np
 import pytest
 
-from experiments.chunk_html import ChunkedText, StageChunks
-from experiments.chunk_statistics import Table
-from experiments.chunk_terminal import chunks_in_terminal, table_in_terminal
+from experiments.analysis.chunk_statistics import Table
+from experiments.pages.chunk_html import ChunkedText, StageChunks
+from experiments.pages.chunk_terminal import chunks_in_terminal, table_in_terminal
 
 EVERY_BYTE = bytes(range(256)) + "é€😀\u202e\u2028\ufeff".encode()
 SEQUENCE = re.compile(r"\x1b\[([0-9;]*)m")

@@ -7,9 +7,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from experiments.chunk_html import ChunkedText, StageChunks, chunk_lengths, render_chunked_text, visible_text
-from experiments.report_page import ReportData, render_report, verdict
-from experiments.svg_plot import NARROW, Series, format_number, histogram, line_plot
+from experiments.pages.chunk_html import ChunkedText, StageChunks, chunk_lengths, render_chunked_text, visible_text
+from experiments.pages.report_page import ReportData, render_report, verdict
+from experiments.pages.svg import NARROW, Series, format_number, histogram, line_plot
 
 VOID_TAGS = {"meta", "input"}
 EMOJI = "😀".encode()

@@ -15,9 +15,9 @@ import numpy as np
 import optax
 import pytest
 
-from experiments.checkpoints import Checkpoints
-from experiments.checksums import array_checksums
 from experiments.errors import UsageError
+from experiments.runs.checkpoints import Checkpoints
+from experiments.runs.checksums import array_checksums
 
 # Coroutines that orbax abandons at a damaged step die noisily, whenever they are collected.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -206,7 +206,7 @@ def test_a_kill_during_a_save_leaves_the_step_before_it(tmp_path):
     script = """
         import os, signal, sys
         import jax, jax.numpy as jnp
-        from experiments.checkpoints import Checkpoints
+        from experiments.runs.checkpoints import Checkpoints
         checkpoints = Checkpoints(sys.argv[1], keep=3)
         checkpoints.save(1, {"w": jnp.arange(1000)}, {"data_step": 1})
         checkpoints.wait()
@@ -231,8 +231,8 @@ def test_a_state_saved_on_one_mesh_is_restored_onto_another(tmp_path):
         import sys
         import jax, jax.numpy as jnp
         from jax.sharding import NamedSharding, PartitionSpec as P
-        from experiments.checkpoints import Checkpoints
-        from experiments.checksums import array_checksums
+        from experiments.runs.checkpoints import Checkpoints
+        from experiments.runs.checksums import array_checksums
 
         def on_mesh(shape, spec):
             return NamedSharding(jax.make_mesh(shape, ("data", "model")), spec)
@@ -253,7 +253,7 @@ def test_a_state_saved_on_one_mesh_is_restored_onto_another(tmp_path):
 
 
 def run_python(script: str, directory: Path, **environment: str) -> int:
-    repository = Path(__file__).resolve().parents[2]
+    repository = Path(__file__).resolve().parents[3]
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(script), str(directory)],
         cwd=repository,

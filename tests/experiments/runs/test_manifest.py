@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from experiments import manifest
 from experiments.errors import UsageError
-from experiments.manifest import prepare_workdir, update_manifest, write_manifest
+from experiments.runs import manifest
+from experiments.runs.manifest import prepare_workdir, update_manifest, write_manifest
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from experiments.errors import UsageError
-from experiments.metrics import MetricsWriter, read_metrics
+from experiments.runs.metrics import MetricsWriter, read_metrics
 
 
 def write_steps(workdir, steps, **kwargs):

@@ -5,7 +5,7 @@ import re
 import jax
 import pytest
 
-from experiments.progress import Progress, format_field
+from experiments.runs.progress import Progress, format_field
 
 
 def run(file, fields):

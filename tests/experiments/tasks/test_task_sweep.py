@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.config_loading import CONFIGS_DIRECTORY, config_from_json, config_to_json, load_config
+from experiments.config.files import CONFIGS_DIRECTORY, config_from_json, config_to_json, load_config
 from experiments.errors import RunError, UsageError
 from experiments.tasks import __main__ as command
 from experiments.tasks.config import SelectivBenchConfig, TaskConfig

@@ -8,10 +8,16 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from experiments.config import OptimizerConfig, RunConfig
-from experiments.optimizer import decay_mask, learning_rate, lr_multipliers, make_optimizer, stage_multipliers
+from experiments.training.optimizer import (
+    decay_mask,
+    learning_rate,
+    lr_multipliers,
+    make_optimizer,
+    stage_multipliers,
+)
 from hnet import HNetConfig, StageConfig, parameter_shapes
-from hnet.official import relabelling
-from tests.assertions import golden
+from hnet.pretrained.hnet_release import relabelling
+from tests.support.assertions import golden
 
 NUM_STEPS = 100
 

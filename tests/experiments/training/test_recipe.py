@@ -8,19 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import evaluate, losses, train, train_step
-from experiments.checkpoints import Checkpoints
+from experiments import evaluate, train
 from experiments.config import DataConfig, OptimizerConfig, RunConfig
 from experiments.data import BOS
 from experiments.errors import RunError, UsageError
-from experiments.losses import loss_fn, tokens_per_chunk
-from experiments.mesh import batch_sharding, make_mesh, put_batch, use_mesh
-from experiments.run import restore_run
-from experiments.start import start_or_resume
-from experiments.step_problems import overflow_problem
-from experiments.train_step import compile_program, weights
+from experiments.runs.checkpoints import Checkpoints
+from experiments.runs.saved_run import restore_run
+from experiments.runs.start import start_or_resume
+from experiments.training import losses
+from experiments.training import step as train_step
+from experiments.training.losses import loss_fn, tokens_per_chunk
+from experiments.training.mesh import batch_sharding, make_mesh, put_batch, use_mesh
+from experiments.training.step import compile_program, weights
+from experiments.training.step_problems import overflow_problem
 from hnet import HNetLM, HNetOutput, StageOutput
-from tests.experiments.runs import batches_of, config_of
+from tests.support.runs import batches_of, config_of
 
 
 @pytest.fixture

@@ -6,16 +6,16 @@ import sys
 
 import pytest
 
-from tests.kernels import HAS_LIBTPU, OFFLINE, ROOT
+from tests.support.kernels import HAS_LIBTPU, OFFLINE, ROOT
 
 PROGRAM = """
 import json, sys
 import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from experiments.config import RunConfig
-from experiments.config_loading import load_config
-from experiments.mesh import batch_sharding, make_mesh, use_mesh
-from experiments.train_step import compile_program
+from experiments.config.files import load_config
+from experiments.training.mesh import batch_sharding, make_mesh, use_mesh
+from experiments.training.step import compile_program
 
 topology, dtype = sys.argv[1:]
 devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from hnet import HNetConfig, HNetLM, StageConfig, load_official_params, parameter_shapes
-from hnet.official import official_shapes, to_official_json, to_official_params
-from tests.assertions import golden
+from hnet.pretrained.hnet_release import official_shapes, to_official_json, to_official_params
+from tests.support.assertions import golden
 
 OUTER = dict(num_heads=2, rotary_width=8, ssm_state_size=8, feed_forward_width=128)
 ATTENTION_OUTSIDE = HNetConfig(vocab_size=50, stages=(

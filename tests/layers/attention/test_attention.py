@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from layers import Attention, KVCache, dot_product_attention
-from tests.assertions import assert_matches
-from tests.inputs import Draw
+from tests.support.assertions import assert_matches
+from tests.support.inputs import Draw
 
 IMPLEMENTATIONS = ["reference", "xla"]
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import strategies as st
 
 from layers import BlockLists, MaskSpec
-from layers.block_sparse_attention.reference import dense_mask
-from layers.block_sparse_attention.tiles import ALL, NOTHING, make_tiles, transpose
-from tests.inputs import Draw
+from layers.attention.block_sparse.reference import dense_mask
+from layers.attention.block_sparse.tiles import ALL, NOTHING, make_tiles, transpose
+from tests.support.inputs import Draw
 
 BLOCKS = dict(block_q=4, block_k=8)
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import strategies as st
 
 from layers import BlockLists, MaskSpec, block_sparse_attention, dot_product_attention
-from tests.assertions import assert_matches
-from tests.inputs import Draw
-from tests.layers.block_sparse_attention.cases import Case, draw_inputs, in_float32, values_and_gradients
+from tests.support.assertions import assert_matches
+from tests.support.block_sparse_cases import Case, draw_inputs, in_float32, values_and_gradients
+from tests.support.inputs import Draw
 
 IMPLEMENTATIONS = {"xla": {}, "pallas_tpu": {"interpret": True}}
 CASES = {

@@ -17,10 +17,10 @@ from layers import (
     pack_row_select,
     sharded_block_sparse_attention,
 )
-from layers.block_sparse_attention.reference import attention_reference
-from layers.kernels import log_once
-from tests.assertions import assert_matches
-from tests.layers.block_sparse_attention.cases import Case, draw_inputs, values_and_gradients
+from layers.arrays.dispatch import log_once
+from layers.attention.block_sparse.reference import attention_reference
+from tests.support.assertions import assert_matches
+from tests.support.block_sparse_cases import Case, draw_inputs, values_and_gradients
 
 CASE = Case(t=32, s=32, block_k=16, width=8, value_width=8, segments=True)
 IMPLEMENTATIONS = {"xla": {}, "pallas_tpu": {"interpret": True}}

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from layers.block_lists import BlockLists
-from layers.block_sparse_attention import pallas_gpu
-from layers.block_sparse_attention.reference import attention_reference
-from layers.block_sparse_attention.tiles import Settings, Sizes, make_tiles
-from layers.mask_spec import MaskSpec, pack_row_select
-from tests.assertions import assert_matches
+from layers.attention.block_lists import BlockLists
+from layers.attention.block_sparse import pallas_gpu
+from layers.attention.block_sparse.reference import attention_reference
+from layers.attention.block_sparse.tiles import Settings, Sizes, make_tiles
+from layers.attention.mask import MaskSpec, pack_row_select
+from tests.support.assertions import assert_matches
 
 plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
 if not hasattr(plgpu, "InterpretGPUParams"):

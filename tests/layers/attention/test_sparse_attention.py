@@ -18,8 +18,8 @@ from layers import (
     paged_attention,
     sliding_window_attention,
 )
-from tests.assertions import assert_matches
-from tests.inputs import Draw
+from tests.support.assertions import assert_matches
+from tests.support.inputs import Draw
 
 B, T, H, N, K, BLOCK = 2, 45, 4, 2, 8, 8
 QUERY, KEY = np.arange(T)[:, None], np.arange(T)[None]

@@ -13,7 +13,7 @@ from layers import (
     pack_segments,
     straight_through,
 )
-from tests.inputs import Draw
+from tests.support.inputs import Draw
 
 ONES = jnp.ones((1, 6), jnp.int32)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from layers import ratio_loss
-from tests.inputs import Draw
+from tests.support.inputs import Draw
 
 
 def test_ratio_loss_is_one_at_its_target_and_counts_real_tokens_only():

@@ -12,8 +12,8 @@ from layers import (
     boundary_probability,
     is_spacelike,
 )
-from layers.routers import NO_HINTS
-from tests.inputs import Draw
+from layers.chunking.routers import NO_HINTS
+from tests.support.inputs import Draw
 
 ONES = jnp.ones((1, 6), jnp.int32)
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from layers import smooth
-from tests.assertions import assert_matches
-from tests.inputs import Draw
+from tests.support.assertions import assert_matches
+from tests.support.inputs import Draw
 
 
 @pytest.mark.parametrize("c", [1, 7, 64])

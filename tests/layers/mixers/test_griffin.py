@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from layers import GriffinRecurrentBlock, GriffinState, RGLRUState, rg_lru
-from layers.griffin import _a_param_init
-from layers.rg_lru import sqrt_of_bounded_slope
-from tests.carried_state import HALF, assert_state_is_carried
-from tests.golden_cases import assert_golden_case, golden_case
-from tests.inputs import Draw
+from layers.mixers.griffin import _a_param_init
+from layers.recurrences.rg_lru import sqrt_of_bounded_slope
+from tests.support.carried_state import HALF, assert_state_is_carried
+from tests.support.golden_cases import assert_golden_case, golden_case
+from tests.support.inputs import Draw
 
 PARAMS = "p__a_gate__b p__a_gate__w p__a_param p__a_imag_param p__input_gate__b p__input_gate__w"
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from layers import Mamba2
-from tests.assertions import GOLDEN_LAYER_LIMIT, assert_golden, golden
+from tests.support.assertions import GOLDEN_LAYER_LIMIT, assert_golden, golden
 
 DATA = golden("hnet_mamba2_layer")
 MODULE = Mamba2(state_size=16)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from layers import GLA, HGRN2, GatedDeltaNet, RWKV7TimeMix
-from tests.carried_state import HALF, assert_state_is_carried
-from tests.inputs import Draw
+from tests.support.carried_state import HALF, assert_state_is_carried
+from tests.support.inputs import Draw
 
 B, D = 2, 12
 LAYERS = {

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from layers import causal_depthwise_conv
-from tests.inputs import Draw
+from tests.support.inputs import Draw
 
 conv = jax.jit(causal_depthwise_conv)
 TAPS, WIDTH = 4, 5

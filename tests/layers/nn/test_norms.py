@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from layers import rms_norm
-from tests.assertions import assert_matches
-from tests.inputs import Draw
+from tests.support.assertions import assert_matches
+from tests.support.inputs import Draw
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from layers import rotary
-from tests.inputs import Draw
+from tests.support.inputs import Draw
 
 X = Draw(0)(2, 9, 3, 16)
 POSITIONS = jnp.broadcast_to(jnp.arange(9), (2, 9))

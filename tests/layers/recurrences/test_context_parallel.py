@@ -9,8 +9,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from layers import diagonal_recurrence, dplr_recurrence, gated_delta_rule, gated_linear_attention
-from tests.assertions import assert_matches
-from tests.inputs import Draw
+from tests.support.assertions import assert_matches
+from tests.support.inputs import Draw
 
 SHARDS, SHARD = 8, 4
 B, T, H, K, V, D = 2, SHARDS * SHARD, 2, 4, 6, 5

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from layers import log_linear_attention
-from layers.log_linear_attention import num_levels_of
-from tests.assertions import assert_matches
-from tests.golden_cases import assert_golden_case, golden_case
-from tests.inputs import Draw
+from layers.recurrences.log_linear_attention import num_levels_of
+from tests.support.assertions import assert_matches
+from tests.support.golden_cases import assert_golden_case, golden_case
+from tests.support.inputs import Draw
 
 NAMES = "q k v g level_scales"
 

@@ -4,10 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from layers import MinGRU, hgrn
-from tests.assertions import assert_matches
-from tests.carried_state import HALF, assert_state_is_carried
-from tests.golden_cases import assert_golden_case, golden_case
-from tests.inputs import Draw
+from tests.support.assertions import assert_matches
+from tests.support.carried_state import HALF, assert_state_is_carried
+from tests.support.golden_cases import assert_golden_case, golden_case
+from tests.support.inputs import Draw
 
 
 def test_min_gru_is_that_of_the_official_vectors():

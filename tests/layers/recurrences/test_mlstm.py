@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from layers import MLSTM, MLSTMMemory, mlstm
-from layers.log_decay import NOTHING_LEFT
-from layers.running_max import _associative, _sequential, fading_max_before
-from tests.assertions import GOLDEN_QUOTIENT_LIMIT
-from tests.carried_state import HALF, assert_state_is_carried
-from tests.golden_cases import assert_golden_case, golden_case
-from tests.inputs import Draw
+from layers.recurrences.log_decay import NOTHING_LEFT
+from layers.recurrences.running_max import _associative, _sequential, fading_max_before
+from tests.support.assertions import GOLDEN_QUOTIENT_LIMIT
+from tests.support.carried_state import HALF, assert_state_is_carried
+from tests.support.golden_cases import assert_golden_case, golden_case
+from tests.support.inputs import Draw
 
 
 def _run(x, **options):

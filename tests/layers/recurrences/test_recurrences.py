@@ -16,10 +16,10 @@ from layers import (
     gated_linear_attention,
     rwkv6_recurrence,
 )
-from layers.diagonal_recurrence import pallas_gpu
-from layers.matrix_recurrence.triangular import unit_lower_inverse
-from tests.assertions import assert_golden, assert_matches, golden
-from tests.inputs import Draw
+from layers.recurrences.diagonal import pallas_gpu
+from layers.recurrences.matrix.triangular import unit_lower_inverse
+from tests.support.assertions import assert_golden, assert_matches, golden
+from tests.support.inputs import Draw
 
 
 def _linear_attention(x, **keywords):

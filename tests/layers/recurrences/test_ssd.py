@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from layers import ssd_scan
-from tests.assertions import GOLDEN_LAYER_LIMIT, assert_golden, assert_matches, golden
-from tests.inputs import Draw
+from tests.support.assertions import GOLDEN_LAYER_LIMIT, assert_golden, assert_matches, golden
+from tests.support.inputs import Draw
 
 IMPLEMENTATIONS = [("reference", 64), ("chunkwise", 16)]
 

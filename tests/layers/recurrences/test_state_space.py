@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from layers import S5, discretize, hippo_legs, s4d, s4d_kernel, s5
-from tests.assertions import GOLDEN_POWERS_LIMIT, assert_golden, assert_matches
-from tests.carried_state import HALF, assert_state_is_carried
-from tests.golden_cases import assert_golden_case, golden_case
-from tests.inputs import Draw
+from tests.support.assertions import GOLDEN_POWERS_LIMIT, assert_golden, assert_matches
+from tests.support.carried_state import HALF, assert_state_is_carried
+from tests.support.golden_cases import assert_golden_case, golden_case
+from tests.support.inputs import Draw
 
 
 def _complex(x, name):

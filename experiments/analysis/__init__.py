@@ -1,0 +1,8 @@
+"""Measurements on models and text.
+
+  boundaries        where a model cuts a text
+  chunk_statistics  what its boundaries coincide with
+  perturbations     how they move under edits
+  flops             counts operations of a program
+  reference_lines   unigram, bigram and zlib on the same text
+"""

@@ -1,0 +1,4 @@
+"""Released weights under our parameter names.
+
+  hnet_release  the official H-Net checkpoints, both ways
+"""

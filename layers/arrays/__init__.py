@@ -1,0 +1,6 @@
+"""Arithmetic on plain arrays that every other folder uses.
+
+  segments   where segments start, and positions inside them
+  exact      products of matrices in full float32
+  dispatch   which implementation of an op runs on which platform, and why not
+"""

@@ -1,0 +1,9 @@
+"""Attention: who may see whom, dense and block-sparse, and the patterns built on it.
+
+  mask           which keys a query may see
+  attend         dense attention
+  block_lists    which blocks of keys a block of queries reads
+  block_sparse/  attention over block lists: reference, XLA, TPU and GPU kernels
+  patterns       sliding windows, documents, BigBird, dilated
+  native_sparse  native sparse attention
+"""
