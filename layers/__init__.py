@@ -1,13 +1,6 @@
 """Layers for hierarchical and chunked sequence models: functions on arrays, and thin linen modules."""
 from layers.arrays.segments import last_real, segment_ordinals, segment_positions, segment_starts
-from layers.attention.attend import (
-    Attention,
-    KVCache,
-    KVUpdate,
-    cached_attention,
-    dot_product_attention,
-    masked_attention,
-)
+from layers.attention.attend import dot_product_attention, masked_attention
 from layers.attention.block_lists import BlockLists
 from layers.attention.block_sparse import (
     block_sparse_attention,
@@ -15,28 +8,18 @@ from layers.attention.block_sparse import (
     sharded_block_sparse_attention,
 )
 from layers.attention.mask import MaskSpec, pack_row_select
-from layers.attention.native_sparse import NativeSparseAttention, native_sparse_attention
+from layers.attention.moba import moba_attention, selected_blocks_attention
+from layers.attention.native_sparse import native_sparse_attention
+from layers.attention.paged import paged_attention
 from layers.attention.patterns import (
-    SparseAttention,
     big_bird_attention,
     dilated_attention,
     document_attention,
-    moba_attention,
-    paged_attention,
-    selected_blocks_attention,
     sliding_window_attention,
 )
-from layers.chunking.partition import (
-    ChunkPlan,
-    PoolState,
-    assign_chunks,
-    chunk,
-    chunk_pooled,
-    dechunk,
-    pack_rows,
-    pack_segments,
-    straight_through,
-)
+from layers.cache.kv_cache import KVCache, KVUpdate, cached_attention
+from layers.chunking.gather import PoolState, chunk, chunk_pooled, dechunk, pack_rows, straight_through
+from layers.chunking.partition import ChunkPlan, assign_chunks, pack_segments
 from layers.chunking.ratio_loss import ratio_loss
 from layers.chunking.routers import (
     CosineRouter,
@@ -49,12 +32,18 @@ from layers.chunking.routers import (
     is_spacelike,
 )
 from layers.chunking.smoothing import smooth
+from layers.mixers.attention import Attention
 from layers.mixers.gated_delta_net import DeltaNetState, GatedDeltaNet
 from layers.mixers.gla import GLA, GLAState
 from layers.mixers.griffin import GriffinRecurrentBlock, GriffinState
 from layers.mixers.hgrn2 import HGRN2, HGRN2State
 from layers.mixers.mamba2 import Mamba2, Mamba2State
+from layers.mixers.min_gru import MinGRU, MinGRUState
+from layers.mixers.mlstm import MLSTM
+from layers.mixers.native_sparse_attention import NativeSparseAttention
 from layers.mixers.rwkv7 import RWKV7State, RWKV7TimeMix
+from layers.mixers.s5 import S5, S5State
+from layers.mixers.sparse_attention import SparseAttention
 from layers.nn.causal_conv import CausalDepthwiseConv, causal_depthwise_conv
 from layers.nn.feed_forward import SwiGLU
 from layers.nn.norms import RMSNorm, rms_norm
@@ -67,12 +56,12 @@ from layers.recurrences.gated_slot_attention import SlotState, gated_slot_attent
 from layers.recurrences.hgrn import hgrn
 from layers.recurrences.linear_attention import LinearAttentionState, linear_attention
 from layers.recurrences.log_linear_attention import log_linear_attention
-from layers.recurrences.min_gru import MinGRU, MinGRUState, min_gru
-from layers.recurrences.mlstm import MLSTM, MLSTMMemory, mlstm
+from layers.recurrences.min_gru import min_gru
+from layers.recurrences.mlstm import MLSTMMemory, mlstm
 from layers.recurrences.retention import retention, retention_log_decay
 from layers.recurrences.rg_lru import RGLRUState, rg_lru
 from layers.recurrences.s4d import s4d, s4d_kernel
-from layers.recurrences.s5 import S5, S5State, s5
+from layers.recurrences.s5 import s5
 from layers.recurrences.ssd import ssd_scan
 from layers.recurrences.state_space import discretize, hippo_legs
 from layers.recurrences.ttt_linear import TTTState, ttt_linear

@@ -1,5 +1,7 @@
 """What is imported and what is shipped."""
 import ast
+import importlib
+import pkgutil
 import subprocess
 import sys
 import zipfile
@@ -16,12 +18,57 @@ MAY_IMPORT = {"layers": LIGHT - {"hnet"}, "hnet": LIGHT}
 def test_layers_and_hnet_name_only_light_packages(package):
     """Imports run one way, layers <- hnet <- experiments, and neither needs a data stack or orbax."""
     for path in (ROOT / package).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else (
-                [node.module] if isinstance(node, ast.ImportFrom) else [])
-            for name in names:
-                top = name.split(".")[0]
-                assert top in MAY_IMPORT[package] | sys.stdlib_module_names, f"{path.name} imports {name}"
+        for name in _imported(path):
+            top = name.split(".")[0]
+            assert top in MAY_IMPORT[package] | sys.stdlib_module_names, f"{path.name} imports {name}"
+
+
+# Floors of `layers`, from the bottom: a folder imports itself and those before it.
+FLOORS = ("array_types", "arrays", "nn", "chunking", "recurrences", "attention", "selection", "cache", "memory",
+          "mixers")
+
+
+def _imported(path: Path) -> list[str]:
+    """Dotted names of all modules that a file imports, wherever in the file."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+LAYERS = sorted((ROOT / "layers").glob("*/**/*.py"))
+
+
+@pytest.mark.parametrize("path", LAYERS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_folder_of_layers_imports_only_the_floors_below_it(path):
+    floor = path.relative_to(ROOT / "layers").parts[0]
+    for name in _imported(path):
+        if name.startswith("layers."):
+            below = name.split(".")[1]
+            assert below in FLOORS[:FLOORS.index(floor) + 1], f"layers/{floor} must not import {name}"
+        assert name != "layers" and not name.startswith(("hnet", "experiments")), f"layers must not import {name}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.py")), ids=lambda path: path.stem)
+def test_configs_import_only_config_dataclasses(path):
+    allowed = ("hnet", "layers", "configs", "dataclasses", "experiments.config", "experiments.tasks.config",
+               "ml_collections")
+    for name in _imported(path):
+        assert name.startswith(allowed), f"{path.name} imports {name}; a config is data"
+
+
+@pytest.mark.parametrize("package", ["layers", "hnet", "experiments"])
+def test_no_function_hides_a_module_of_its_own_name(package):
+    root = importlib.import_module(package)
+    for found in pkgutil.walk_packages(root.__path__, f"{package}."):
+        if "pallas" in found.name or found.name.endswith("__main__"):
+            continue
+        module = importlib.import_module(found.name)
+        parent, _, leaf = found.name.rpartition(".")
+        assert getattr(sys.modules[parent], leaf) is module, f"{parent}.{leaf} is no longer the module"
 
 
 def test_importing_them_works_where_the_training_stack_is_missing():

@@ -1,12 +1,9 @@
 """minGRU: a GRU whose gates look at the input alone, so that its state is a diagonal recurrence."""
-from typing import NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Float, Int, typed
-from layers.nn.linear import Linear
 from layers.recurrences.diagonal import DiagonalImplementation, diagonal_recurrence
 
 
@@ -30,50 +27,3 @@ def min_gru(
         jax.nn.sigmoid(exact_gate) * candidate, log_a=jax.nn.log_sigmoid(-exact_gate), initial_state=initial_state,
         segment_ids=segment_ids, implementation=implementation)
     return h.astype(hidden.dtype), last
-
-
-class MinGRUState(NamedTuple):
-    """What a minGRU layer carries from one token to the next."""
-
-    h: jax.Array  # [b, inner] float32
-
-
-class MinGRU(nn.Module):
-    """`min_gru` between two projections.
-
-    Attributes:
-      inner_width: of the state; None means the model width.
-      init_std, out_init_std: standard deviations of the input and output projections at the start.
-    """
-
-    inner_width: int | None = None
-    init_std: float = 0.02
-    out_init_std: float = 0.02
-    implementation: DiagonalImplementation = "auto"
-    dtype: jnp.dtype = jnp.float32
-
-    @nn.compact
-    @typed
-    def __call__(
-        self,
-        x: Float[Array, "b t d"],
-        segment_ids: Int[Array, "b t"] | None = None,
-        initial_state: MinGRUState | None = None,
-    ) -> tuple[Float[Array, "b t d"], MinGRUState]:
-        """Returns the layer's output, 0 at padding, and the state after the last real token of each row."""
-        width = x.shape[-1]
-
-        def project(name):
-            return Linear((self.inner_width or width,), ("embed", "inner"), init_std=self.init_std,
-                          dtype=self.dtype, name=name)(x)
-
-        h, last = min_gru(
-            project("hidden_proj"), project("gate_proj"),
-            initial_state=None if initial_state is None else initial_state.h, segment_ids=segment_ids,
-            implementation=self.implementation)
-        y = Linear((width,), ("inner", "embed"), init_std=self.out_init_std, dtype=self.dtype, name="out")(h)
-        return y, MinGRUState(last)
-
-    def empty_state(self, batch: int, width: int) -> MinGRUState:
-        """The state before the first token, at this model width."""
-        return MinGRUState(jnp.zeros((batch, self.inner_width or width), jnp.float32))

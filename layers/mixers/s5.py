@@ -1,0 +1,109 @@
+"""S5 as a layer."""
+from functools import partial
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from layers.array_types import Array, Float, Int, typed
+from layers.nn.linear import Linear
+from layers.recurrences.diagonal import DiagonalImplementation
+from layers.recurrences.s5 import s5
+from layers.recurrences.state_space import Discretization
+
+
+class S5State(NamedTuple):
+    """What an S5 layer carries from one token to the next."""
+
+    h: jax.Array  # [b, n] complex64
+
+
+class S5(nn.Module):
+    """`s5`, and a gated linear unit to mix what it reads.
+
+    Attributes:
+      state_size: n of the paper; half as many are kept, each for itself and its conjugate.
+      num_blocks: copies of a smaller HiPPO-LegS spectrum with which the state starts.
+      bidirectional: y also depends on what comes later; then no state can be given.
+      min_step, max_step: time per token at the start, drawn log-uniformly between them.
+      init_std, out_init_std: standard deviations of the gate and the output projection at the start.
+    """
+
+    state_size: int = 64
+    num_blocks: int = 1
+    bidirectional: bool = False
+    discretization: Discretization = "zoh"
+    min_step: float = 1e-3
+    max_step: float = 1e-1
+    init_std: float = 0.02
+    out_init_std: float = 0.02
+    implementation: DiagonalImplementation = "auto"
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    @typed
+    def __call__(
+        self,
+        x: Float[Array, "b t d"],
+        segment_ids: Int[Array, "b t"] | None = None,
+        initial_state: S5State | None = None,
+    ) -> tuple[Float[Array, "b t d"], S5State]:
+        """Returns the layer's output, 0 at padding, and the state after the last real token of each row.
+
+        Raises:
+          ValueError: state_size is not a multiple of 2 num_blocks, or a bidirectional layer was given a state.
+        """
+        if self.state_size % (2 * self.num_blocks):
+            raise ValueError(f"state_size {self.state_size} is not a multiple of 2 * num_blocks = "
+                             f"{2 * self.num_blocks}: states are kept in conjugate pairs")
+        if self.bidirectional and initial_state is not None:
+            raise ValueError("a bidirectional S5 reads whole sequences; give no initial_state, or set "
+                             "bidirectional=False")
+        width, kept = x.shape[-1], self.state_size // 2
+        spectrum, basis = _spectrum(self.state_size, self.num_blocks)
+
+        def parameter(name, init, axes, shape):
+            return self.param(name, nn.with_logical_partitioning(init, axes), shape)
+
+        def read_weights(name):
+            init = partial(_complex_normal, transform=lambda z: z @ basis, drawn=(width, self.state_size))
+            return jax.lax.complex(*parameter(name, init, (None, "embed", "state"), (2, width, kept)))
+
+        log_rate = parameter("log_rate", lambda *_: jnp.log(-spectrum.real), ("state",), (kept,))
+        frequency = parameter("frequency", lambda *_: jnp.asarray(spectrum.imag), ("state",), (kept,))
+        log_step = parameter("log_step", self._log_step_init, ("state",), (kept,))
+        b_init = partial(_complex_normal, transform=lambda z: basis.conj().T @ z, drawn=(self.state_size, width))
+        b = parameter("b", b_init, (None, "state", "embed"), (2, kept, width))
+        skip = parameter("skip", nn.initializers.normal(1.0), ("embed",), (width,))
+        y, last = s5(
+            x, jax.lax.complex(-jnp.exp(log_rate), frequency), jax.lax.complex(*b), read_weights("c"), skip,
+            jnp.exp(log_step), c_reverse=read_weights("c_reverse") if self.bidirectional else None,
+            discretization=self.discretization, initial_state=None if initial_state is None else initial_state.h,
+            segment_ids=segment_ids, implementation=self.implementation)
+        y = jax.nn.gelu(y.astype(self.dtype))
+        gate = Linear((width,), ("embed", "inner"), init_std=self.init_std, dtype=self.dtype, name="gate_proj")(y)
+        y = Linear((width,), ("embed", "inner"), init_std=self.out_init_std, dtype=self.dtype, name="out")(y)
+        return y * jax.nn.sigmoid(gate), S5State(last)
+
+    def empty_state(self, batch: int, width: int) -> S5State:
+        """The state before the first token; it does not depend on the model width."""
+        return S5State(jnp.zeros((batch, self.state_size // 2), jnp.complex64))
+
+    def _log_step_init(self, key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, np.log(self.min_step), np.log(self.max_step))
+
+
+def _spectrum(size: int, num_blocks: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of a block-diagonal HiPPO-LegS matrix: eigenvalues [n] above the real axis, eigenvectors [size, n]."""
+    eigenvalues, vectors = hippo_legs(size // num_blocks)
+    above = size // num_blocks // 2
+    return (np.tile(eigenvalues[above:], num_blocks).astype(np.complex64),
+            np.kron(np.eye(num_blocks), vectors[:, above:]).astype(np.complex64))
+
+
+def _complex_normal(key, shape, dtype=jnp.float32, *, transform, drawn):
+    """A real matrix from N(0, 1 / columns) in the basis of the eigenvectors; real parts, then imaginary ones."""
+    z = transform(jax.random.normal(key, drawn, dtype) * drawn[1] ** -0.5)
+    return jnp.stack([jnp.real(z), jnp.imag(z)]).reshape(shape)
