@@ -1,4 +1,5 @@
 """Layers for hierarchical and chunked sequence models: functions on arrays, and thin linen modules."""
+from layers.arrays.choose import Choice, choose, choose_in_groups
 from layers.arrays.segments import last_real, segment_ordinals, segment_positions, segment_starts
 from layers.attention.attend import dot_product_attention, masked_attention
 from layers.attention.block_lists import BlockLists
@@ -67,20 +68,21 @@ from layers.recurrences.state_space import discretize, hippo_legs
 from layers.recurrences.ttt_linear import TTTState, ttt_linear
 
 __all__ = [
-    "GLA", "HGRN2", "MLSTM", "S5", "Attention", "BlockLists", "CausalDepthwiseConv", "ChunkPlan",
+    "GLA", "HGRN2", "MLSTM", "S5", "Attention", "BlockLists", "CausalDepthwiseConv", "Choice", "ChunkPlan",
     "CosineRouter", "DeltaNetState", "GLAState", "GatedDeltaNet", "GivenRouter", "GriffinRecurrentBlock",
     "GriffinState", "HGRN2State", "KVCache", "KVUpdate", "LinearAttentionState", "MLSTMMemory", "Mamba2",
     "Mamba2State", "MaskSpec", "MinGRU", "MinGRUState", "NativeSparseAttention", "PoolState", "RGLRUState",
     "RMSNorm", "RWKV7State", "RWKV7TimeMix", "RouterHints", "RouterState", "S5State", "SlotState",
     "SpaceRouter", "SparseAttention", "StrideRouter", "SwiGLU", "TTTState", "assign_chunks",
     "big_bird_attention", "block_sparse_attention", "boundary_probability", "cached_attention",
-    "causal_depthwise_conv", "chunk", "chunk_pooled", "dechunk", "diagonal_recurrence", "dilated_attention",
-    "discretize", "document_attention", "dot_product_attention", "dplr_recurrence", "gated_delta_product",
-    "gated_delta_rule", "gated_linear_attention", "gated_slot_attention", "hgrn", "hippo_legs",
-    "is_spacelike", "last_real", "linear_attention", "log_linear_attention", "masked_attention",
-    "merge_by_lse", "min_gru", "mlstm", "moba_attention", "native_sparse_attention", "pack_row_select",
-    "pack_rows", "pack_segments", "paged_attention", "ratio_loss", "retention", "retention_log_decay",
-    "rg_lru", "rms_norm", "rotary", "rwkv6_recurrence", "s4d", "s4d_kernel", "s5", "segment_ordinals",
-    "segment_positions", "segment_starts", "selected_blocks_attention", "sharded_block_sparse_attention",
-    "sliding_window_attention", "smooth", "ssd_scan", "straight_through", "ttt_linear",
+    "causal_depthwise_conv", "choose", "choose_in_groups", "chunk", "chunk_pooled", "dechunk",
+    "diagonal_recurrence", "dilated_attention", "discretize", "document_attention", "dot_product_attention",
+    "dplr_recurrence", "gated_delta_product", "gated_delta_rule", "gated_linear_attention",
+    "gated_slot_attention", "hgrn", "hippo_legs", "is_spacelike", "last_real", "linear_attention",
+    "log_linear_attention", "masked_attention", "merge_by_lse", "min_gru", "mlstm", "moba_attention",
+    "native_sparse_attention", "pack_row_select", "pack_rows", "pack_segments", "paged_attention", "ratio_loss",
+    "retention", "retention_log_decay", "rg_lru", "rms_norm", "rotary", "rwkv6_recurrence", "s4d", "s4d_kernel",
+    "s5", "segment_ordinals", "segment_positions", "segment_starts", "selected_blocks_attention",
+    "sharded_block_sparse_attention", "sliding_window_attention", "smooth", "ssd_scan", "straight_through",
+    "ttt_linear",
 ]
