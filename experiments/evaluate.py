@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
 def held_out(config: RunConfig, corpus: Corpus) -> EvaluationSource:
     """A fixed choice of `config.eval_bytes` held-out bytes, spread over the documents."""
     data = config.data
-    windows = WindowSource(corpus.split("test"), data.sequence_length, seed=0, loss_marker=data.loss_marker)
+    windows = WindowSource(corpus.split("held_out"), data.sequence_length, seed=0, loss_marker=data.loss_marker)
     return EvaluationSource(
         windows, data.batch_size, num_bytes=config.eval_bytes,
         process_index=jax.process_index(), process_count=jax.process_count())

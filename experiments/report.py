@@ -56,7 +56,7 @@ def _write(run: Run) -> Path:
 
 def held_out_texts(corpus: Corpus, limit: int = 3) -> list[tuple[str, bytes]]:
     """The beginning of one held-out document of each kind (its folder or file ending), the longest kinds first."""
-    split = corpus.split("test")
+    split = corpus.split("held_out")
     chosen: dict[str, int] = {}
     for index in sorted(range(len(split.names)), key=lambda index: split.names[index]):
         kind = Path(split.names[index]).suffix or Path(split.names[index]).parts[0]

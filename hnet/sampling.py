@@ -1,4 +1,4 @@
-"""How the next token is drawn from its logits."""
+"""Draws the next token from its logits."""
 import dataclasses
 
 import jax
@@ -7,12 +7,19 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How a token is drawn. Filters apply one after the other, each to what the one before left."""
+    """Temperature and filters for drawing a token; each filter applies to the tokens that the one before kept.
 
-    temperature: float = 1.0  # 0 = always the most probable token
-    top_k: int = 0            # keep the k most probable; 0 = all
-    top_p: float = 1.0        # keep the fewest tokens whose probabilities reach p
-    min_p: float = 0.0        # keep tokens at least this probable, relative to the most probable one
+    Attributes:
+      temperature: divides the logits; 0 always takes the most probable token.
+      top_k: keep the k most probable tokens; 0 keeps all.
+      top_p: keep the fewest tokens whose probabilities sum to at least p.
+      min_p: drop tokens whose probability is below this fraction of the most probable one's.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
 
     def __post_init__(self):
         if not self.temperature >= 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p <= 1:
@@ -20,12 +27,12 @@ class Sampling:
 
 
 def sample(logits: jax.Array, keys: jax.Array, sampling: Sampling) -> jax.Array:
-    """Draws one token per row: logits [b, vocab], one key per row [b] -> int32 [b]."""
+    """Draws one token per row, int32 [b], from logits [b, vocab] with one key per row [b]."""
     if sampling.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits.astype(jnp.float32) / sampling.temperature
     order = jnp.argsort(-logits, axis=-1)
-    ranked = jnp.take_along_axis(logits, order, axis=-1)  # most probable first, so filters cut off a tail
+    ranked = jnp.take_along_axis(logits, order, axis=-1)  # most probable first, so each filter cuts off a tail
     rank = jnp.arange(logits.shape[-1])
     if sampling.top_k:
         ranked = jnp.where(rank < sampling.top_k, ranked, -jnp.inf)

@@ -1,5 +1,7 @@
-"""What every test runs with: eight virtual CPU devices, so that sharded code is tested on any machine, and few of
-XLA's optimisations, as most of a test is to compile what runs once. Slow tests have all of them.
+"""Settings of every test: eight virtual CPU devices and few compiler optimisations.
+
+The devices let sharded code be tested on any machine. Compiling is most of a test whose programs run once, so only
+slow tests have all of XLA's optimisations.
 """
 import jax
 import pytest

@@ -1,4 +1,4 @@
-"""What a model makes of a text, aligned with its bytes: where each stage cuts it, and how well it predicts it."""
+"""Boundaries and prediction losses of a model on a text, aligned with the bytes of the text."""
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,17 +11,17 @@ from experiments.data import BOS
 from experiments.pages.chunk_html import ChunkedText, StageChunks
 from hnet import HNetLM, StageOutput
 
-ROWS = 8  # windows that the model reads at once; fewer are padded to it, so that it compiles once
+ROWS = 8  # windows per call; fewer are padded to this, so that the model compiles once
 
 
 def chunk_texts(
     config: RunConfig, params: Any, texts: list[tuple[str, bytes]]
 ) -> tuple[ChunkedText, ...]:
-    """Runs the model over (title, text) pairs, at full capacity: every stage's boundaries, every byte's nats.
+    """Runs the model over (title, text) pairs and returns every stage's boundaries and every byte's nats.
 
-    The model sees windows as long as in training. Neighbouring windows overlap by half, and
-    a byte is read from the one where it has at least half a window before it: a window's own first byte
-    always starts a chunk, which says nothing about the text. Every text begins after a BOS of its own.
+    Stages run at full capacity on windows as long as in training. Neighbouring windows overlap by half, and a
+    byte's results come from the window that has at least half its length before it: the first byte of a window
+    always starts a chunk, which says nothing about the text. Every text begins with a BOS of its own.
     """
     model, size = HNetLM(config.model.at_full_capacity()), config.data.sequence_length
     read = jax.jit(lambda *arguments: _read_windows(model, *arguments))
@@ -46,7 +46,7 @@ def byte_boundaries(
 ) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Maps each stage to (byte position, boundary_prob, boundary_mask) of the tokens it saw in this row.
 
-    Positions count tokens of stage 0. The run must have had full capacity, or slots and boundaries differ.
+    Positions count tokens of stage 0. The run must have had full capacity; otherwise slots and boundaries differ.
     """
     position = np.flatnonzero(np.asarray(stages["stage0"].mask[row])) if stages else None
     found = {}
@@ -61,13 +61,13 @@ def byte_boundaries(
 def _read_windows(
     model: HNetLM, params: Any, tokens: jax.Array, is_token: jax.Array
 ) -> tuple[jax.Array, dict[str, StageOutput]]:
-    """Returns the nats of tokens[:, 1:] [b, t], and the stages, given t + 1 tokens a row of which it reads t."""
+    """Reads the first t of t + 1 tokens per row; returns the nats of the last t [b, t], and the stages."""
     output = model.apply({"params": params}, tokens[:, :-1], is_token)
     return optax.softmax_cross_entropy_with_integer_labels(output.logits, tokens[:, 1:]), output.stages
 
 
 class _Reading:
-    """What is known so far of one text, at each position of its stream: BOS, then its bytes."""
+    """Results so far for one text, at each position of its stream: BOS, then its bytes."""
 
     def __init__(self, text: bytes, num_stages: int) -> None:
         self.text = text
@@ -81,7 +81,7 @@ class _Reading:
         return range(0, max(len(self.stream) - half, 1), half)
 
     def add(self, start: int, size: int, nats: np.ndarray, boundaries: dict) -> None:
-        """Takes over what the window at `start` says of the positions that are read from it."""
+        """Stores the results of the window at `start` for the positions that are read from it."""
         skip = size // 2 if start else 0
         stop = min(size, len(self.stream) - start)
         self._next_nats[start + skip : start + stop] = nats[skip:stop]

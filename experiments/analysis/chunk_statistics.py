@@ -1,18 +1,18 @@
-"""Where a stage cuts a text, in numbers: how long its chunks are, how sure it was, what stands at its boundaries.
+"""Statistics of a stage's boundaries in a text: lengths of chunks, probabilities, and the places they fall on.
 
-A boundary is the byte that starts a chunk. The places it is compared with are bytes of the text, too:
+A boundary is the byte that starts a chunk. It is compared with kinds of places, which are bytes of the text too:
 
   whitespace                      an ASCII space, tab, line feed, carriage return, vertical tab or form feed
-  after whitespace                no whitespace, while the byte before it is
-  identifier start                the first of a run of [A-Za-z0-9_], as long as it goes, if it is a letter
-  number start                    the first of a run of [0-9], as long as it goes; it may lie within an identifier
+  after whitespace                a byte other than whitespace, after whitespace
+  identifier start                the first byte of a longest run of [A-Za-z0-9_], if it is a letter
+  number start                    the first byte of a longest run of [0-9]; it may lie within an identifier
   line start                      the first byte of the text, or one after a line feed
   multi-byte character start      the first byte of a UTF-8 character of two to four bytes
   inside a multi-byte character   the other bytes of such a character; bytes that are not UTF-8 are in neither
 
-Precision is the share of the boundaries that are at such a place, recall the share of such places that are
-boundaries, base rate the share of all bytes that are such places. Precision over base rate is the lift: 1 for
-boundaries that know nothing of the place. What would be divided by zero is NaN.
+Precision is the share of boundaries at such a place, recall the share of such places that are boundaries, and
+base rate the share of all bytes that are such places. Precision over base rate is the lift, which is 1 for
+boundaries that ignore the place. A quotient by zero is NaN.
 """
 import math
 from typing import NamedTuple
@@ -25,7 +25,7 @@ PROBABILITY_BINS = 10  # of equal width, from 0 to 1
 
 
 class Table(NamedTuple):
-    """Rows of text for the terminal and the page alike; all columns but the first hold numbers.
+    """Rows of text for the terminal and for pages; all columns but the first hold numbers.
 
     A title in the header may have several lines.
     """
@@ -52,7 +52,7 @@ class StageStatistics(NamedTuple):
     longest_chunk: int          # bytes
     boundary_rate: float        # boundaries per byte or chunk that the stage saw
     prob_at_boundaries: float   # mean
-    prob_elsewhere: float       # mean, over what the stage saw
+    prob_elsewhere: float       # mean over the other positions that the stage saw
     prob_counts: np.ndarray     # [PROBABILITY_BINS] how many probabilities fall into each bin
     places: tuple[PlaceStatistics, ...]
 
@@ -62,7 +62,7 @@ def bits_per_byte(chunked: ChunkedText) -> float:
 
 
 def stage_statistics(text: bytes, stage: StageChunks) -> StageStatistics:
-    """Measures one stage. `is_boundary` is what the model said: only lengths count a chunk that opens the text."""
+    """Measures one stage; lengths count the chunk that begins the text even without a boundary."""
     prob, boundary, lengths = stage.boundary_prob, stage.is_boundary, chunk_lengths(stage)
     seen = ~np.isnan(prob)
     counts, _ = np.histogram(prob[seen], bins=PROBABILITY_BINS, range=(0, 1))
@@ -73,18 +73,18 @@ def stage_statistics(text: bytes, stage: StageChunks) -> StageStatistics:
 
 
 def boundary_rate(stage: StageChunks) -> float:
-    """Boundaries per byte that the stage saw: inner stages see only where a chunk of the one outside begins."""
+    """Returns boundaries per byte that the stage saw; an inner stage sees the first byte of each outer chunk."""
     return _ratio(int(stage.is_boundary.sum()), int((~np.isnan(stage.boundary_prob)).sum()))
 
 
 def boundary_agreement(first: StageChunks, second: StageChunks) -> float:
-    """F1 of the boundaries of two texts of one length, position by position: 1 if all are the same."""
+    """Returns the F1 score between the boundaries of two texts of equal length: 1 if all are the same."""
     both = int((first.is_boundary & second.is_boundary).sum())
     return _ratio(2 * both, int(first.is_boundary.sum() + second.is_boundary.sum()))
 
 
 def places(text: bytes) -> dict[str, np.ndarray]:
-    """Returns every kind of place as a mask of the text's bytes. [num_bytes] bool each"""
+    """Returns a mask of the text's bytes, [num_bytes] bool, for every kind of place."""
     byte = np.frombuffer(text, np.uint8)
     is_space, is_digit = _is_one_of(byte, b" \t\n\r\v\f"), _is_one_of(byte, b"0123456789")
     is_letter = ((byte | 32) >= ord("a")) & ((byte | 32) <= ord("z"))  # 32 lies between upper and lower case
@@ -126,7 +126,7 @@ def number(value: float, decimals: int = 2) -> str:
 
 
 def bars(counts: np.ndarray) -> str:
-    """Draws a histogram in one line of text: the highest bar is full, an empty one is a dot."""
+    """Draws a histogram in one line of text; the highest bar is full, an empty one is a dot."""
     heights = np.ceil(8 * counts / max(counts.max(initial=0), 1)).astype(int)
     return "".join("·▁▂▃▄▅▆▇█"[height] for height in heights)
 
@@ -139,7 +139,7 @@ def _at_places(boundary: np.ndarray, name: str, is_place: np.ndarray) -> PlaceSt
 
 
 def _before(mask: np.ndarray, *, first: bool = False) -> np.ndarray:
-    """Entry i is that of byte i - 1; `first` stands for the byte before the text."""
+    """Shifts a mask by one, so that entry i is that of byte i - 1; entry 0 is `first`."""
     return np.concatenate([[first], mask])[: len(mask)]
 
 

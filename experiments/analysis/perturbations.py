@@ -1,4 +1,4 @@
-"""A text changed in small ways, and what each change does to a model's boundaries and bits per byte.
+"""Small changes to a text, and their effects on a model's boundaries and bits per byte.
 
   none               the text as it is
   upper case         every letter in upper case, if that has as many bytes
@@ -10,7 +10,7 @@
   no whitespace      without ASCII whitespace
 
 The draws of "typos" are seeded: a text always gets the same ones. Where a change keeps the number of bytes, byte i
-still stands for byte i, and boundaries can be compared position by position.
+still corresponds to byte i, and boundaries can be compared position by position.
 """
 from collections.abc import Callable
 from typing import NamedTuple
@@ -25,7 +25,7 @@ RUN = b"a" * 100
 
 
 class Effect(NamedTuple):
-    """What a model made of a changed text; the tuples have one entry per stage, outermost first."""
+    """Results of a model on a changed text; the tuples have one entry per stage, outermost first."""
     name: str
     num_bytes: int
     bits_per_byte: float
@@ -40,7 +40,7 @@ def perturb(text: bytes) -> list[tuple[str, bytes]]:
 
 
 def effects(chunked: list[ChunkedText]) -> list[Effect]:
-    """Compares what a model made of the texts of `perturb`, in their order."""
+    """Compares a model's results on the texts of `perturb`, in their order."""
     unchanged = chunked[0]
     return [_effect(unchanged, changed, _CHANGES[changed.title][1]) for changed in chunked]
 
@@ -52,8 +52,8 @@ def effect_table(changes: list[Effect], stage_names: tuple[str, ...]) -> Table:
     rows = []
     for change in changes:
         row = [change.name, f"{change.num_bytes:,}", number(change.bits_per_byte, 3)]
-        of_stages = zip(change.boundary_rates, change.bytes_per_chunk, change.agreements, strict=True)
-        for rate, length, agreement in of_stages:
+        stages = zip(change.boundary_rates, change.bytes_per_chunk, change.agreements, strict=True)
+        for rate, length, agreement in stages:
             row += [number(rate, 3), number(length), number(agreement, 3)]
         rows.append(tuple(row))
     return Table(tuple(header), tuple(rows))
@@ -86,7 +86,7 @@ def _add_typos(text: bytes) -> bytes:
     pieces = list(characters(text))
     letters = [index for index, piece in enumerate(pieces) if _decoded(piece).isalpha()]
     alphabet = sorted({pieces[index] for index in letters})
-    # RandomState and not Generator: numpy promises never to change the numbers that it yields.
+    # RandomState rather than Generator: numpy promises never to change its numbers.
     draw = np.random.RandomState(0)
     for index in draw.permutation(letters)[: max(1, round(TYPO_RATE * len(letters)))]:
         old = pieces[index]
@@ -102,7 +102,7 @@ def _double_letters(text: bytes) -> bytes:
 
 def _insert_run(text: bytes) -> bytes:
     pieces = list(characters(text))
-    middle = len(pieces) // 2  # in characters: a run within one would change what that is
+    middle = len(pieces) // 2  # in characters: a run inside a character would break it
     return b"".join([*pieces[:middle], RUN, *pieces[middle:]])
 
 
@@ -114,7 +114,7 @@ def _decoded(character: bytes) -> str:
     return character.decode("utf-8", "surrogateescape")
 
 
-# name: (the change, whether byte i of the result stands for byte i of the text)
+# name: (the change, whether byte i of the result corresponds to byte i of the text)
 _CHANGES: dict[str, tuple[Callable[[bytes], bytes], bool]] = {
     "none": (lambda text: text, True),
     "upper case": (_change_case(str.upper), True),

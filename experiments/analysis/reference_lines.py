@@ -1,12 +1,12 @@
-"""What a newcomer compares a byte model with: bits per byte of predictors that take no training to speak of.
+"""Reference lines for a byte model: bits per byte of predictors that need almost no training.
 
   unigram  each byte by its frequency in the training text
   bigram   each byte by its frequency after the byte before it; the first byte of the sample by the unigram
   zlib     size of the held-out sample compressed as a whole at level 9; it sees no training text, but up to
            32 KiB before each byte, more than a window of the quick-start model
 
-Unigram and bigram counts start from one (add-one smoothing), so that what training never showed costs many
-bits and not infinitely many. A model that has learned anything beyond letter pairs is below "bigram".
+Unigram and bigram counts start from one (add-one smoothing), so a pair never seen in training costs many bits
+rather than infinitely many. A model that has learned anything beyond letter pairs is below "bigram".
 """
 import zlib
 
@@ -15,25 +15,25 @@ import numpy as np
 from experiments.data import Corpus, DocumentSplit
 
 TRAIN_BYTES = 8_000_000
-TEST_BYTES = 1_000_000
+HELD_OUT_BYTES = 1_000_000
 
 
 def corpus_reference_lines(corpus: Corpus) -> dict[str, float]:
     """Measures on at most 1 MB of held-out text, counting at most 8 MB of training text."""
-    train, test = corpus.split("train"), corpus.split("test")
-    return reference_lines(sample_bytes(train, TRAIN_BYTES), sample_bytes(test, TEST_BYTES))
+    train, held_out = corpus.split("train"), corpus.split("held_out")
+    return reference_lines(sample_bytes(train, TRAIN_BYTES), sample_bytes(held_out, HELD_OUT_BYTES))
 
 
-def reference_lines(train: np.ndarray, test: np.ndarray) -> dict[str, float]:
-    """Returns {"unigram", "bigram", "zlib"} in bits per byte of `test`; both are uint8 [n], n >= 1."""
+def reference_lines(train: np.ndarray, held_out: np.ndarray) -> dict[str, float]:
+    """Returns {"unigram", "bigram", "zlib"} in bits per byte of `held_out`; both are uint8 [n], n >= 1."""
     unigram = np.bincount(train, minlength=256) + 1
     pairs = np.bincount(_pairs(train), minlength=256 * 256).reshape(256, 256) + 1
     unigram_bits = -np.log2(unigram / unigram.sum())
     pair_bits = -np.log2(pairs / pairs.sum(axis=1, keepdims=True))
     return {
-        "unigram": float(unigram_bits[test].mean()),
-        "bigram": float((unigram_bits[test[0]] + pair_bits.ravel()[_pairs(test)].sum()) / len(test)),
-        "zlib": 8 * len(zlib.compress(test.tobytes(), level=9)) / len(test),
+        "unigram": float(unigram_bits[held_out].mean()),
+        "bigram": float((unigram_bits[held_out[0]] + pair_bits.ravel()[_pairs(held_out)].sum()) / len(held_out)),
+        "zlib": 8 * len(zlib.compress(held_out.tobytes(), level=9)) / len(held_out),
     }
 
 

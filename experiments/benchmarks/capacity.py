@@ -1,10 +1,11 @@
-"""What each way to provide chunk slots costs: step time, FLOPs and memory of a train step's gradient.
+"""Costs of the ways to provide chunk slots: step time, FLOPs and memory of a train step's gradient.
 
   python -m experiments.benchmarks.capacity [--outdir=docs/benchmarks] [--repeats=5]
 
-Boundaries are drawn: every byte is one with the same probability in a row, which varies from row to row as it does
-in text. All ways compute the same numbers, for none demotes a boundary. `full` has a slot for every byte; `rows`
-fits the fullest row, `packed` the whole batch, both with 5 % to spare; `grow` starts from the mean of the rows.
+Boundaries are random: within a row every byte is one with the same probability, which varies between rows as it
+does in text. All ways compute the same numbers, because none demotes a boundary. `full` has a slot for every byte;
+`rows` fits the fullest row and `packed` the whole batch, both with 5 % to spare; `grow` starts from the mean of
+the rows.
 """
 import argparse
 import dataclasses
@@ -77,10 +78,10 @@ def model_config(inner: str, **fields) -> HNetConfig:
 
 
 def draw(rate: float) -> tuple[np.ndarray, np.ndarray]:
-    """Random bytes, and boundaries in the rows with a rate around `rate`: both [ROWS, LENGTH] int32."""
+    """Draws bytes, and boundaries at a rate per row around `rate`: both [ROWS, LENGTH] int32."""
     rng = np.random.default_rng(0)
-    of_row = np.clip(rate * (1 + ROW_SPREAD * rng.standard_normal((ROWS, 1))), 0.02, 0.9)
-    levels = rng.random((ROWS, LENGTH)) < of_row
+    row_rates = np.clip(rate * (1 + ROW_SPREAD * rng.standard_normal((ROWS, 1))), 0.02, 0.9)
+    levels = rng.random((ROWS, LENGTH)) < row_rates
     levels[:, 0] = True
     return rng.integers(0, 256, (ROWS, LENGTH), dtype=np.int32), levels.astype(np.int32)
 
@@ -93,7 +94,7 @@ def _gradient(config: HNetConfig):
 
 
 def _slots(fields: dict, counts: np.ndarray) -> int:
-    """Chunk slots that the batch runs on, empty ones included."""
+    """Counts the chunk slots that the batch runs on, empty ones included."""
     if fields.get("packed"):
         return math.ceil(fields["capacity"] * LENGTH * ROWS)
     sizes = [math.ceil(capacity * LENGTH) for capacity in (fields["capacity"], *fields.get("grow_to", ()))]
@@ -101,7 +102,7 @@ def _slots(fields: dict, counts: np.ndarray) -> int:
 
 
 def _inner_flops(inner: str, slots: int, *, packed: bool) -> int:
-    """Forward FLOPs of the inner stage on its slots, as computed: packed attention forms scores between rows."""
+    """Counts forward FLOPs of the inner stage on its slots; packed attention forms scores between rows too."""
     rows = 1 if packed else ROWS
     config = HNetConfig(stages=(dataclasses.replace(INNER[inner]),))
     model, tokens = HNetLM(config), jax.ShapeDtypeStruct((rows, slots // rows), jnp.int32)

@@ -1,10 +1,10 @@
-"""What a batch saves in decoding: seconds per step and bytes per second for 1 to 32 rows.
+"""Savings from batched decoding: seconds per step and bytes per second for 1 to 32 rows.
 
   python -m experiments.benchmarks.decoding [--outdir=docs/benchmarks] [--repeats=50]
 
-Random weights read random bytes, so that rows begin chunks at different steps, as in use: the inner stage runs in
-about every second step of one row, and in all steps of many rows. `over_one_row` is the step's time over that of
-one row: at 32, a batch of 32 rows would save nothing.
+Models with random weights read random bytes, so rows begin chunks at different steps, as in practice: the inner
+stage runs in about every second step for one row, and in every step for many rows. `over_one_row` is the time of
+a step relative to one row; if it were 32 for 32 rows, the batch would save nothing.
 """
 import argparse
 from pathlib import Path
@@ -20,7 +20,7 @@ from experiments.errors import run_command
 from hnet import HNetConfig, HNetLM, init_decode_state, parameter_shapes, step
 
 BATCHES = (1, 8, 32)
-MAX_LENGTH, STEPS = 256, 32  # bytes a row has room for; steps in one timed call
+MAX_LENGTH, STEPS = 256, 32  # bytes a state can hold per row; steps in one timed call
 
 
 def main(argv: list[str]) -> None:
@@ -44,7 +44,7 @@ def main(argv: list[str]) -> None:
 
 
 def _decode(config: HNetConfig, batch: int):
-    """A call that reads STEPS random bytes of `batch` rows, one after the other, from an empty state."""
+    """Returns a call that reads STEPS random bytes of `batch` rows, byte by byte, from an empty state."""
     rng = np.random.default_rng(0)
     params = jax.tree.map(
         lambda shape: rng.standard_normal(shape.shape, np.float32) / max(shape.shape[-2:]) ** 0.5,

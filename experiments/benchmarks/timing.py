@@ -1,4 +1,4 @@
-"""Times compiled functions against each other in one process, and writes what came out, and on what."""
+"""Times compiled functions against each other in one process, and writes results with device and versions."""
 import json
 import platform
 import statistics
@@ -18,7 +18,7 @@ def interleaved_seconds(
 ) -> dict[str, float]:
     """Returns the median seconds of each function, after one call to compile.
 
-    They take turns, so that a machine which slows down does so for all of them.
+    The functions take turns, so a machine that slows down affects all of them.
     """
     for function in functions.values():
         jax.block_until_ready(function())

@@ -1,7 +1,9 @@
-"""Prepares a source as ArrayRecord files with tensorflow-datasets, TensorFlow itself not being needed.
+"""Prepares a source as ArrayRecord files with tensorflow-datasets, without TensorFlow itself.
 
   directory/byte_text/1.0.0/   the records: {document: int64, part: int32, content: uint8 [<= 64 KiB]}
   directory/index.json         {"fingerprint", "record_bytes", "train": a SplitIndex, "test": another}
+
+The held-out split is called "test" on disk (`STORED_NAMES`), as tensorflow-datasets calls it.
 
 Documents are cut into parts so that reading 256 bytes never decodes a megabyte. Their lengths and the number
 of the record that holds each part are in the index, so a reader can find any byte without a scan.
@@ -18,7 +20,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
-from experiments.data.sources import SPLITS, Source, Split
+from experiments.data.sources import SPLITS, STORED_NAMES, Source, Split
 from experiments.errors import UsageError
 
 RECORD_BYTES = 64 * 1024
@@ -48,15 +50,15 @@ def prepare(source: Source, directory: Path) -> None:
         # The default format is TFRecord, which generates everything and then needs TensorFlow to write it.
         builder.download_and_prepare(file_format="array_record")
     for split, index in builder.index.items():
-        index.records.extend(_record_numbers(builder.as_data_source(split), index.lengths))
+        index.records.extend(_record_numbers(builder.as_data_source(STORED_NAMES[split]), index.lengths))
     contents = {"fingerprint": builder.fingerprint(), "record_bytes": RECORD_BYTES}
-    contents |= {split: dataclasses.asdict(index) for split, index in builder.index.items()}
+    contents |= {STORED_NAMES[split]: dataclasses.asdict(index) for split, index in builder.index.items()}
     (directory / "index.json").write_text(json.dumps(contents), encoding="utf-8")
 
 
 def open_records(directory: Path, split: Split) -> Sequence[Mapping[str, Any]]:
     """Opens what `prepare` wrote, for access by record number."""
-    return tfds.builder_from_directory(directory / "byte_text" / "1.0.0").as_data_source(split)
+    return tfds.builder_from_directory(directory / "byte_text" / "1.0.0").as_data_source(STORED_NAMES[split])
 
 
 class ByteText(tfds.core.GeneratorBasedBuilder):
@@ -87,8 +89,8 @@ class ByteText(tfds.core.GeneratorBasedBuilder):
         features = {"document": np.int64, "part": np.int32, "content": content}
         return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
 
-    def _split_generators(self, dl_manager: Any) -> dict[Split, Iterator[tuple[str, dict[str, Any]]]]:
-        return {split: self._generate_examples(split) for split in SPLITS}
+    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator[tuple[str, dict[str, Any]]]]:
+        return {STORED_NAMES[split]: self._generate_examples(split) for split in SPLITS}
 
     def _generate_examples(self, split: Split) -> Iterator[tuple[str, dict[str, Any]]]:
         # Each split reads the whole source: a second pass over files costs less than a split in memory.
@@ -100,7 +102,7 @@ class ByteText(tfds.core.GeneratorBasedBuilder):
                 self._num_empty += 1
             else:
                 yield from _records(len(index.names), document.content)
-                self._sha256.update(f"{split} {len(document.content)}\n".encode() + document.content)
+                self._sha256.update(f"{STORED_NAMES[split]} {len(document.content)}\n".encode() + document.content)
                 index.names.append(document.name)
                 index.lengths.append(len(document.content))
         if not index.names:
@@ -115,8 +117,8 @@ def _records(document: int, content: bytes) -> Iterator[tuple[str, dict[str, Any
 
 def _empty_split_message(source: str, split: Split, num_elsewhere: int) -> str:
     return (
-        f"{source}: none of its documents falls into the {split} split, {num_elsewhere} into the other; one "
-        "document in ten is held out, chosen by content, so that a corpus needs about 50; cut long files up "
+        f"{source}: the {split} split has no documents and the other {num_elsewhere}; one document in ten is "
+        "held out, chosen by content, so a corpus needs about 50; cut long files up "
         "(`mkdir pieces && split -b 64k FILE pieces/`) and set --config.data.source='files:pieces/*'")
 
 

@@ -1,7 +1,7 @@
-"""A corpus: named documents in two splits, any slice of which can be read without reading the rest.
+"""A corpus: named documents in two splits; any slice of one can be read without reading the rest.
 
-Preparing happens on first use, into a directory whose name is a hash of what the source would be read from;
-a changed file means another directory. A directory appears under its final name whole or not at all.
+It is prepared on first use, in a directory named by a hash of the files that the source reads, so a changed
+file leads to another directory. A directory appears under its final name complete or not at all.
 """
 import functools
 import hashlib
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.data.sources import SPLITS, Source, Split, file_stat, open_source
+from experiments.data.sources import STORED_NAMES, Source, Split, file_stat, open_source
 from experiments.errors import UsageError
 
 FORMAT_VERSION = 1  # of the prepared directory; a change here prepares every corpus anew
@@ -24,11 +24,11 @@ DECODED_RECORDS = 2048  # kept per split: at most 128 MiB
 
 
 def load_corpus(source: str, *, text_key: str = "text", cache_dir: str | None = None) -> "Corpus":
-    """Opens the corpus that `source` names, preparing it if this is the first use.
+    """Opens the corpus that `source` names, and prepares it on first use.
 
     Args:
       source: "stdlib", "files:GLOB" or "tfds:NAME", see `sources.py`.
-      text_key: the feature that holds the text; for tfds sources only.
+      text_key: the feature that holds the text; read by tfds sources only.
       cache_dir: where prepared corpora are kept; None or "" means $XDG_CACHE_HOME/hnet-jax/data, or
         ~/.cache/hnet-jax/data.
     Raises:
@@ -50,8 +50,8 @@ class Corpus:
         # {"files", "bytes", "sha256", "skipped_empty"}; see ByteText.fingerprint.
         self.fingerprint: dict[str, Any] = index["fingerprint"]
         self._splits = {
-            split: DocumentSplit(directory, split, record_bytes=index["record_bytes"], **index[split])
-            for split in SPLITS
+            split: DocumentSplit(directory, split, record_bytes=index["record_bytes"], **index[stored])
+            for split, stored in STORED_NAMES.items()
         }
 
     def split(self, name: Split) -> "DocumentSplit":
@@ -83,7 +83,7 @@ class DocumentSplit:
     def read(self, document: int, start: int, stop: int) -> np.ndarray:
         """Returns bytes `start` to `stop` of a document, uint8 [stop - start]; decodes only their parts."""
         if not 0 <= start <= stop <= self.lengths[document]:
-            raise IndexError(f"{start}:{stop} is not within the {self.lengths[document]} bytes of document "
+            raise IndexError(f"bytes {start}:{stop} are not within the {self.lengths[document]} bytes of document "
                              f"{document}, {self.names[document]}")
         first, last = start // self._record_bytes, max(start, stop - 1) // self._record_bytes
         pieces = [self._decoded(int(self._first_part[document]) + part) for part in range(first, last + 1)]
@@ -107,7 +107,7 @@ def _default_cache_dir() -> Path:
 
 
 def _cache_key(source: Source) -> str:
-    """A readable name and a hash of everything that, if changed, may have changed the documents."""
+    """Returns a readable name and a hash of everything the documents depend on."""
     stats = [(os.path.abspath(path), file_stat(path)) for path in source.paths]
     files = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
     digest = hashlib.sha256(json.dumps([FORMAT_VERSION, source.name, files]).encode()).hexdigest()
@@ -130,12 +130,12 @@ def _prepare(source: Source, directory: Path) -> None:
             _rename_unless_taken(Path(temporary, "corpus"), directory)
     except OSError as error:
         raise UsageError(f"cannot prepare a corpus under {directory.parent}: {error}; "
-                         "set --config.data.cache_dir to a directory with room that you may write") from error
+                         "set --config.data.cache_dir to a writable directory with enough space") from error
     print(f"prepared {source.name} in {time.perf_counter() - start:.1f} s", flush=True)
 
 
 def _rename_unless_taken(made: Path, directory: Path) -> None:
-    """Of two processes that prepare the same corpus at once, the later one uses what the other has made."""
+    """Renames `made`; if another process has prepared the same corpus meanwhile, keeps that one."""
     try:
         made.rename(directory)
     except OSError:

@@ -1,10 +1,10 @@
-"""Where text comes from: every source is a sequence of named documents, each already in its split.
+"""Sources of text: each is a sequence of named documents, already assigned to their splits.
 
   stdlib       the library sources of the running Python, and its help articles: no download, no account
   files:GLOB   any files, one document each, as raw bytes (`**` recurses, `~` is the home directory)
   tfds:NAME    a data set that tensorflow-datasets has prepared as ArrayRecord, by name or by directory
 
-A source says nothing about tokens or windows; `corpus.py` turns it into something that can be sliced.
+A source knows nothing of tokens or windows; `corpus.py` makes it readable by document and byte range.
 """
 import dataclasses
 import glob
@@ -18,39 +18,40 @@ from typing import Any, Literal, NamedTuple
 
 from experiments.errors import UsageError, suggest
 
-Split = Literal["train", "test"]
-SPLITS: tuple[Split, ...] = ("train", "test")
+Split = Literal["train", "held_out"]
+SPLITS: tuple[Split, ...] = ("train", "held_out")
+STORED_NAMES: dict[Split, str] = {"train": "train", "held_out": "test"}  # in prepared corpora
 
 FEWEST_STDLIB_FILES = 100
-# Tests are mostly tables of cases. `pydoc_data` holds the help articles as string literals: with it, held-out
-# articles would be in the training split.
+# Tests are mostly tables of cases. `pydoc_data` holds the help articles as string literals, which would put
+# held-out articles into the training split.
 STDLIB_LEFT_OUT = frozenset(
     {"__pycache__", "dist-packages", "idle_test", "idlelib", "pydoc_data", "site-packages", "test", "tests"})
 
 
 class Document(NamedTuple):
-    name: str       # for people: a path, or "topics/assert"
+    name: str       # for display: a path, or "topics/assert"
     content: bytes  # may be empty; any encoding, or none
     split: Split
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Source:
-    """Documents that may be read repeatedly and always come in the same order."""
+    """Documents that can be read repeatedly, always in the same order."""
 
     name: str                                  # as printed, and part of the cache key
-    paths: tuple[Path, ...]                    # while these stay as they are, so do the documents
+    paths: tuple[Path, ...]                    # the documents change only if these do
     documents: Callable[[], Iterator[Document]]
 
 
 def open_source(source: str, *, text_key: str = "text") -> Source:
-    """Finds what `source` names; reads no document yet.
+    """Finds the source named `source`; reads no document yet.
 
     Args:
       source: "stdlib", "files:GLOB" or "tfds:NAME", see the module docstring.
-      text_key: the feature that holds the text; for tfds sources only.
+      text_key: the feature that holds the text; read by tfds sources only.
     Raises:
-      UsageError: there is no such source, or nothing that can be read in it.
+      UsageError: the source does not exist, or nothing in it can be read.
     """
     kind, _, where = source.partition(":")
     if source == "stdlib":
@@ -66,11 +67,11 @@ def open_source(source: str, *, text_key: str = "text") -> Source:
 def split_by_content(content: bytes) -> Split:
     """Holds out one document in ten.
 
-    By content and not by name: the same file falls on the same side on every machine, in every directory and
-    in any company, and a copy of a training document under another name can never be held out.
+    The choice depends on the content, not on the name: a file is in the same split on every machine, in every
+    directory and beside any other files, and a copy of a training document is never held out.
     """
     digest = hashlib.blake2b(content, digest_size=8).digest()
-    return "test" if int.from_bytes(digest, "big") % 10 == 0 else "train"
+    return "held_out" if int.from_bytes(digest, "big") % 10 == 0 else "train"
 
 
 def _stdlib() -> Source:
@@ -78,8 +79,8 @@ def _stdlib() -> Source:
     root = Path(sysconfig.get_path("stdlib"))
     paths = tuple(sorted(_library_files(root)))
     if len(paths) < FEWEST_STDLIB_FILES:
-        raise UsageError(f"this Python keeps {len(paths)} library sources under {root}, fewer than "
-                         f"{FEWEST_STDLIB_FILES}: it is stripped or zipped; train on text of your own with "
+        raise UsageError(f"this Python has {len(paths)} library sources under {root}, fewer than "
+                         f"{FEWEST_STDLIB_FILES}, so it is stripped or zipped; train on your own text with "
                          "--config.data.source=files:GLOB")
 
     def documents() -> Iterator[Document]:
@@ -104,7 +105,7 @@ def _files(pattern: str) -> Source:
     paths = tuple(sorted(Path(match) for match in matches if not os.path.isdir(match)))
     if not paths:
         raise UsageError(f"no file matches {pattern!r} (looked in {os.getcwd()}); "
-                         "change --config.data.source, and quote it so that the shell leaves its * alone")
+                         "change --config.data.source, and quote it so that the shell does not expand the *")
     if not any(file_stat(path).st_size for path in paths):
         raise UsageError(f"all files that match {pattern!r} are empty ({len(paths)} of them); "
                          "change --config.data.source")
@@ -128,7 +129,7 @@ def _read(path: Path) -> bytes:
 
 
 def file_stat(path: Path) -> os.stat_result:
-    """Like `path.stat()`, but a file that cannot be reached is a UsageError which names it."""
+    """Returns `path.stat()`; raises a UsageError that names the file if it cannot be reached."""
     try:
         return path.stat()
     except OSError as error:
@@ -137,17 +138,17 @@ def file_stat(path: Path) -> os.stat_result:
 
 def _unreadable(path: Path, error: OSError) -> UsageError:
     return UsageError(f"cannot read {path}: {error.strerror}; "
-                      "mend it, or choose a --config.data.source that leaves it out")
+                      "fix its permissions, or exclude it in --config.data.source")
 
 
 def _tfds(where: str, text_key: str) -> Source:
-    """Uses the set's own train split with validation (or else test) held out, or splits by content."""
+    """Holds out the data set's own validation (otherwise test) split; a set without one is split by content."""
     builder = _prepared_builder(where)
     splits = builder.info.splits
-    held_out = next((name for name in ("validation", "test") if name in splits), None)
+    other = next((name for name in ("validation", "test") if name in splits), None)
     own_splits: dict[str, Split] = {}
-    if held_out and "train" in splits:
-        own_splits = {"train": "train", held_out: "test"}
+    if other and "train" in splits:
+        own_splits = {"train": "train", other: "held_out"}
     records = {name: _random_access(builder, name) for name in own_splits or sorted(splits)}
     for record in (source[0] for source in records.values() if len(source)):
         _text(record, text_key, where)  # a wrong key is refused before any work
@@ -173,7 +174,7 @@ def _prepared_builder(where: str) -> Any:
         hint = suggest(where, tfds.list_builders(with_community_datasets=False))
         raise UsageError(
             f"TFDS cannot open {where!r} ({reason}){hint}; --config.data.source=tfds:NAME takes "
-            f"a name it knows or the directory, made by `{_build_line('NAME')}`, where dataset_info.json is"
+            f"a name it knows, or the directory with dataset_info.json that `{_build_line('NAME')}` makes"
         ) from error
     if not builder.is_prepared():
         raise UsageError(
@@ -205,4 +206,4 @@ def _text(record: Mapping[str, Any], text_key: str, where: str) -> bytes:
         return text
     textual = [key for key, value in record.items() if isinstance(value, str | bytes)]
     raise UsageError(f"tfds:{where} has no text under {text_key!r}; set --config.data.text_key to one of: "
-                     f"{', '.join(textual) or 'nothing, for none of its features is text'}")
+                     f"{', '.join(textual) or '(none of its features is text)'}")

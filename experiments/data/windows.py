@@ -1,18 +1,18 @@
 """Windows over a stream of bytes, addressed by number: the position in the data is the step number.
 
 The stream of a split is a seeded permutation of its documents, each written as BOS and its bytes. A document that
-is not UTF-8 may contain that value as data; where documents begin is told by the segment ids. Window i
-holds stream positions i*T to i*T + T, both included; the model reads the first T and predicts the last T, so
-that over an epoch every position but the first is predicted once. Nothing depends on how many processes
-share the work or on where a run was interrupted: batch s is computed from s alone.
+is not UTF-8 may contain the value of BOS as data; segment ids mark where documents begin. Window i holds stream
+positions i*T to i*T + T, both included; the model reads the first T and predicts the last T, so every position
+but the first is predicted once per epoch. Batch s is computed from s alone: it depends neither on the number of
+processes nor on where a run was interrupted.
 
 A window or batch is a dict of
   tokens           int32 [..., T + 1]   bytes, or BOS where a document begins; 0 in padding
   segment_ids      int32 [..., T + 1]   1, 2, ... number the documents within the window; 0 is padding
-  is_continuation  bool [...]           the window opens in the middle of a document
-  loss_mask        bool [..., T + 1]    bytes after the document's `loss_marker`; only where there is such a marker
-A target is a byte of text where its segment id is not 0 and equals that of the position before it, and where
-loss_mask, if there is one, is True.
+  is_continuation  bool [...]           the window begins in the middle of a document
+  loss_mask        bool [..., T + 1]    bytes after the document's `loss_marker`; present only if there is a marker
+A position is a target if its segment id is not 0 and equals that of the position before it, and loss_mask, if
+present, is True there.
 """
 import itertools
 from collections import deque
@@ -25,13 +25,13 @@ from experiments.data.corpus import DocumentSplit
 from experiments.errors import UsageError
 from hnet import BOS
 
-SEARCH_BYTES = 65_536  # of a document, read at once to look for the marker
+SEARCH_BYTES = 65_536  # read at once when looking for the marker
 
 Batch = dict[str, np.ndarray]
 
 
 class WindowSource:
-    """All windows of a split, for random access."""
+    """All windows of a split, with random access."""
 
     def __init__(
         self, split: DocumentSplit, sequence_length: int, seed: int, *, loss_marker: bytes = b""
@@ -40,35 +40,35 @@ class WindowSource:
 
         Args:
           sequence_length: T, at least 1.
-          loss_marker: the targets of a document are the bytes after its first occurrence there, none if there is
-            none; b"" = all its bytes are.
+          loss_marker: the targets of a document are the bytes after the marker's first occurrence; a document
+            without it has none. b"" makes all bytes targets.
         Raises:
           UsageError: no document has the marker.
         """
         if sequence_length < 1:
-            raise UsageError(f"windows of {sequence_length} bytes hold no prediction; "
-                             "config.data.sequence_length must be at least 1")
+            raise UsageError(f"config.data.sequence_length {sequence_length} must be at least 1: a shorter window "
+                             "predicts nothing")
         self.sequence_length = sequence_length
         self._split = split
-        # RandomState and not Generator: numpy promises never to change the numbers that it yields.
+        # RandomState rather than Generator: numpy promises never to change its numbers.
         self._order = np.random.RandomState(seed).permutation(len(split.lengths))
         lengths = split.lengths[self._order] + 1  # with BOS
         self._starts = np.cumsum(lengths) - lengths  # stream position of each BOS
         self._stream_length = int(lengths.sum())
         self._marker = loss_marker
-        self._target_starts = np.full(len(lengths), -1, np.int64)  # byte of each document; -1: not looked for yet
+        self._target_starts = np.full(len(lengths), -1, np.int64)  # byte of each document; -1: not searched yet
         has_targets = (self._target_start(document) < split.lengths[document] for document in self._order)
         if loss_marker and not any(has_targets):
             marker = loss_marker.decode(errors="backslashreplace")
-            raise UsageError(f"config.data.loss_after {marker!r} has text after it in none of the {len(lengths)} "
-                             "documents of a split; change it, or config.data.source")
+            raise UsageError(f"config.data.loss_after {marker!r}: none of the {len(lengths)} documents of a split "
+                             "has text after it; change it, or config.data.source")
 
     def __len__(self) -> int:
         return -(-(self._stream_length - 1) // self.sequence_length)
 
     def __getitem__(self, index: int) -> Batch:
         if not 0 <= index < len(self):
-            raise IndexError(f"window {index} of {len(self)}")
+            raise IndexError(f"window {index} is not one of the {len(self)} windows")
         window = self.empty_window()
         start = int(index) * self.sequence_length
         stop = min(start + self.sequence_length + 1, self._stream_length)
@@ -87,14 +87,14 @@ class WindowSource:
                 return window
 
     def empty_window(self) -> Batch:
-        """A window of padding."""
+        """Returns a window of padding."""
         size = self.sequence_length + 1
         window = {"tokens": np.zeros(size, np.int32), "segment_ids": np.zeros(size, np.int32),
                   "is_continuation": np.zeros((), bool)}
         return window | {"loss_mask": np.zeros(size, bool)} if self._marker else window
 
     def num_bytes(self, windows: np.ndarray) -> np.ndarray:
-        """Counts the bytes of text, BOS left out, that each of these windows predicts: int64 [n]."""
+        """Counts the bytes of text, without BOS, that each of these windows predicts: int64 [n]."""
         if self._marker:
             return np.array([np.count_nonzero(self[window]["loss_mask"][1:]) for window in windows], np.int64)
         first = windows * self.sequence_length + 1
@@ -117,7 +117,7 @@ class WindowSource:
 
     def _find_target_start(self, document: int) -> int:
         length, size = int(self._split.lengths[document]), len(self._marker)
-        for start in range(0, length, SEARCH_BYTES):  # pieces overlap, or a marker across their border were missed
+        for start in range(0, length, SEARCH_BYTES):  # pieces overlap, so no marker is missed
             stop = min(start + SEARCH_BYTES + size - 1, length)
             found = self._split.read(document, start, stop).tobytes().find(self._marker)
             if found >= 0:
@@ -128,7 +128,7 @@ class WindowSource:
 class BatchSource:
     """Training batches by step: `batches[s]` is this process's part of global batch s, for any s >= 0.
 
-    Windows are shuffled anew in every epoch. Batches run across the end of an epoch, so none is short.
+    Windows are reshuffled every epoch. Batches continue across the end of an epoch, so none is short.
     """
 
     def __init__(
@@ -140,25 +140,25 @@ class BatchSource:
         process_index: int = 0,
         process_count: int = 1,
     ) -> None:
-        """Raises UsageError where the global `batch_size` cannot be divided among the processes."""
+        """Shuffles the windows; raises UsageError if processes cannot share the global `batch_size` equally."""
         import grain
 
         self._rows = _rows_of_process(batch_size, process_index, process_count)
-        self.steps_per_epoch = len(windows) / batch_size  # seldom whole
+        self.steps_per_epoch = len(windows) / batch_size  # rarely an integer
         self._batch_size = batch_size
         self._windows = grain.MapDataset.source(windows).seed(seed).shuffle().repeat()
 
     def __getitem__(self, step: int) -> Batch:
         if step < 0:
-            raise IndexError(f"step {step}; steps count from 0")
+            raise IndexError(f"step {step} is negative; steps count from 0")
         return _stack([self._windows[step * self._batch_size + row] for row in self._rows])
 
 
 class EvaluationSource:
-    """A fixed choice of windows from all over the split, in full batches: padding fills up the last.
+    """A fixed choice of windows from all over the split, in full batches; the last is filled up with padding.
 
-    The choice depends on nothing but `windows` and `num_bytes`, so that runs can be compared. Like
-    `BatchSource` this is a sequence of batches, but a finite one.
+    The choice depends only on `windows` and `num_bytes`, so runs can be compared. Like `BatchSource` this is a
+    sequence of batches, but a finite one.
     """
 
     def __init__(
@@ -173,12 +173,12 @@ class EvaluationSource:
         """Chooses windows until they predict `num_bytes` bytes of text, or all if the split has fewer."""
         shuffled = np.random.RandomState(0).permutation(len(windows))
         predicted = np.zeros(0, np.int64)
-        while predicted.sum() < num_bytes and len(predicted) < len(shuffled):  # counting may mean reading
+        while predicted.sum() < num_bytes and len(predicted) < len(shuffled):  # counting may read text
             more = shuffled[len(predicted) : 2 * len(predicted) + 64]
             predicted = np.concatenate([predicted, windows.num_bytes(more)])
         predicted = np.cumsum(predicted)
         num_windows = min(int(np.searchsorted(predicted, num_bytes)) + 1, len(predicted))
-        self.num_bytes = int(predicted[num_windows - 1])  # what the batches of all processes predict
+        self.num_bytes = int(predicted[num_windows - 1])  # predicted by the batches of all processes
         self._chosen = shuffled[:num_windows]
         self._rows = _rows_of_process(batch_size, process_index, process_count)
         self._batch_size = batch_size
@@ -189,7 +189,7 @@ class EvaluationSource:
 
     def __getitem__(self, index: int) -> Batch:
         if not 0 <= index < len(self):
-            raise IndexError(f"evaluation batch {index} of {len(self)}")
+            raise IndexError(f"batch {index} is not one of the {len(self)} evaluation batches")
         numbers = range(index * self._batch_size, len(self._chosen))
         chosen = [self._chosen[numbers[row]] for row in self._rows if row < len(numbers)]
         padding = [self._windows.empty_window()] * (len(self._rows) - len(chosen))
@@ -197,9 +197,9 @@ class EvaluationSource:
 
 
 def prefetch(batches: BatchSource, start_step: int, depth: int = 2) -> Iterator[Batch]:
-    """Yields batches[start_step], batches[start_step + 1], ... for ever; a thread reads `depth` ahead.
+    """Yields batches[start_step], batches[start_step + 1], ... without end; a thread reads `depth` ahead.
 
-    What goes wrong in the thread is raised here. Closing the iterator waits for the batch being read.
+    Errors of the thread are raised here. Closing the iterator waits for the batch being read.
     """
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
     try:
@@ -217,7 +217,7 @@ def _stack(windows: list[Batch]) -> Batch:
 
 
 def _rows_of_process(batch_size: int, process_index: int, process_count: int) -> range:
-    """Returns which rows of a global batch this process reads: equal contiguous slices in process order."""
+    """Returns the rows of a global batch that this process reads: equal slices in process order."""
     if batch_size < 1 or batch_size % process_count:
         raise UsageError(f"batch size {batch_size} cannot be divided among {process_count} processes; "
                          f"set config.data.batch_size to a multiple of {process_count}")

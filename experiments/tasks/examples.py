@@ -1,4 +1,4 @@
-"""What a synthetic task gives a model: sequences, where it is asked, and what the answers are."""
+"""Examples of synthetic tasks: sequences, the steps at which the model is asked, and the answers."""
 from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -6,12 +6,12 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
-# Folded into the key of a seed before anything else: no split, and no model, draws from the key of another.
+# Folded into the key of a seed first, so that no split and no model draws from the key of another.
 SPLITS = {"train": 0, "validation": 1, "test": 2, "init": 3}
 
 
 class Examples(NamedTuple):
-    """Sequences with questions; a `Source` gives one, without the first axis."""
+    """Sequences with questions; a `Source` samples a single one, without the axis b."""
 
     inputs: jax.Array             # [b, t] tokens, or [b, t, v] vectors
     segment_ids: jax.Array        # [b, t] int32, 0 = padding
@@ -21,7 +21,7 @@ class Examples(NamedTuple):
 
 
 class Source(Protocol):
-    """A distribution of examples. `sample` is a pure function of the key, to be vmapped and compiled."""
+    """A distribution of examples; `sample` is a pure function of the key, vmapped and compiled by its caller."""
 
     @property
     def length(self) -> int: ...  # steps of every example, padding included
@@ -30,10 +30,10 @@ class Source(Protocol):
 
 
 def split_key(seed: int | jax.Array, split: str, source: int | jax.Array = 0) -> jax.Array:
-    """The key of a split, which no other split of the seed has.
+    """Returns the key of a split, different from that of every other split of the seed.
 
     Args:
-      source: tells apart what is drawn from side by side, such as the columns of a table.
+      source: index that distinguishes sources drawn from side by side, such as the columns of a table.
     """
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), SPLITS[split]), source)
 
@@ -41,9 +41,9 @@ def split_key(seed: int | jax.Array, split: str, source: int | jax.Array = 0) ->
 def sample_batch(
     sources: Sequence[Source], chosen: int | jax.Array, key: jax.Array, index: int | jax.Array, batch_size: int
 ) -> Examples:
-    """Batch number `index` of a split, from the chosen one of several sources of equal length.
+    """Draws batch number `index` of a split from the chosen one of several sources of equal length.
 
-    It is the same for the same arguments, whatever was drawn before.
+    The batch depends on the arguments alone, not on earlier draws.
 
     Args:
       key: from `split_key`.
@@ -62,7 +62,7 @@ def sample_batch(
 
 
 def answer_nats(logits: jax.Array, examples: Examples) -> jax.Array:
-    """The mean of -log p of the answers. logits: [b, n, v] float32."""
+    """Returns the mean of -log p of the answers; logits are [b, n, v] float32."""
     is_asked = examples.labels >= 0
     log_p = jax.nn.log_softmax(logits)
     nats = -jnp.take_along_axis(log_p, jnp.where(is_asked, examples.labels, 0)[..., None], axis=-1)[..., 0]
@@ -70,7 +70,7 @@ def answer_nats(logits: jax.Array, examples: Examples) -> jax.Array:
 
 
 def count_right(logits: jax.Array, examples: Examples) -> tuple[jax.Array, jax.Array]:
-    """How many answers are right, and of how many, as float32.
+    """Counts the right answers and the questions, both float32.
 
     Questions that share a window are answered together, by the sum of their probabilities.
     """

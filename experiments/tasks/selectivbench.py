@@ -2,12 +2,12 @@
 
 The alphabet has `num_symbols` ambiguous symbols and '#', the end of a string. Each ambiguous symbol stands for one
 of `depth` states, its copies; '#' is a state of its own. In a state each symbol is allowed with probability
-`density`, and leads to one of its copies, drawn once for all: whoever knows the state and reads the next symbol
-knows the next state. The symbols allowed in a state follow with equal probability, and after '#' a new string
-starts with one of four symbols. So every state forbids some symbols, and these can serve as distractors.
+`density` and leads to one of its copies, drawn once per grammar: the state and the next symbol determine the next
+state. The symbols allowed in a state follow with equal probability, and after '#' a new string starts with one of
+four symbols. Every state therefore forbids some symbols, and these can serve as distractors.
 
-A symbol is one step, a one-hot vector, with steps of zeros after it, its gap. A distractor is one more step, after
-the gap, with a symbol that the state forbids; it leaves the state as it is. The target is asked at every step
+A symbol is one step, a one-hot vector, followed by steps of zeros, its gap. A distractor is one more step, after
+the gap, with a symbol that the state forbids; it leaves the state unchanged. The target is asked at every step
 until the next symbol, and these steps are answered together.
 """
 import dataclasses
@@ -27,14 +27,14 @@ _MOST_DRAWS = 1000
 class Grammar:
     """Tables over the states.
 
-    '#' is symbol 0 and state 0, and the states of symbol s are 1 + (s - 1) depth and those up to s depth. Rows are
-    padded on the right with their first entry.
+    '#' is symbol 0 and state 0; symbol s has the states 1 + (s - 1) depth to s depth. Rows are padded on the right
+    with their first entry.
     """
 
-    symbol: np.ndarray          # [states] the symbol that a state shows
+    symbol: np.ndarray          # [states] the symbol of a state
     successors: np.ndarray      # [states, most] the states that may follow
     num_successors: np.ndarray  # [states] at least 1
-    forbidden: np.ndarray       # [states, most] the symbols that may not
+    forbidden: np.ndarray       # [states, most] the symbols that may not follow
     num_forbidden: np.ndarray   # [states] at least 1
 
     @property
@@ -43,7 +43,7 @@ class Grammar:
 
     @property
     def num_symbols(self) -> int:
-        """'#' included."""
+        """Number of symbols, '#' included."""
         return int(self.symbol[-1]) + 1
 
     @property
@@ -55,15 +55,15 @@ class Grammar:
 
 
 def make_grammar(seed: int, num_symbols: int, depth: int, density: float) -> Grammar:
-    """Draws the grammar of a seed; those in which some state never comes to '#' are drawn again.
+    """Draws the grammar of a seed; one in which some state never reaches '#' is drawn again.
 
     Raises:
-      ValueError: the numbers leave no such grammar, or it is too rare to be found.
+      ValueError: the numbers admit no such grammar, or it is too rare to be found.
     """
     if num_symbols < NUM_START_STATES or depth < 1 or not 0 < density < 1:
         raise ValueError(
-            f"{num_symbols} symbols must be at least {NUM_START_STATES}, depth {depth} at least 1, and density "
-            f"{density} above 0 and below 1")
+            f"num_symbols {num_symbols} must be at least {NUM_START_STATES}, depth {depth} at least 1, and "
+            f"density {density} above 0 and below 1")
     rng = np.random.default_rng([seed, num_symbols, depth])
     symbol = np.concatenate([[0], np.repeat(np.arange(1, num_symbols + 1), depth)])
     for _ in range(_MOST_DRAWS):
@@ -75,12 +75,12 @@ def make_grammar(seed: int, num_symbols: int, depth: int, density: float) -> Gra
             forbidden = [np.flatnonzero(~mask) for mask in is_allowed]
             return Grammar(symbol.astype(np.int32), *_padded(successors), *_padded(forbidden))
     raise ValueError(
-        f"none of {_MOST_DRAWS} grammars of {num_symbols} symbols, depth {depth} and density {density} comes to "
-        "'#' from every state; make density larger or depth smaller")
+        f"none of {_MOST_DRAWS} grammars of {num_symbols} symbols, depth {depth} and density {density} reaches "
+        "'#' from every state; increase density or reduce depth")
 
 
 def _draw_allowed(rng: np.random.Generator, num_states: int, num_symbols: int, density: float) -> np.ndarray:
-    """[states, symbols]; states that would allow no symbol or all of them are drawn again."""
+    """Draws a mask [states, symbols]; states that allow no symbol or all of them are drawn again."""
     is_allowed = rng.random((num_states, num_symbols)) < density
     while (redraw := np.isin(is_allowed.sum(axis=1), (0, num_symbols))).any():
         is_allowed[redraw] = rng.random((redraw.sum(), num_symbols)) < density
@@ -111,29 +111,29 @@ class SelectivBench:
     num_shown: int                # symbols of a sequence
     gaps: tuple[int, int]         # fewest and most steps of zeros after a symbol
     noise: float = 0.0            # amplitude of uniform noise on all inputs
-    distractor_probability: float = 0.0  # of one after a symbol
+    distractor_probability: float = 0.0  # that one follows a symbol
     first_distractor: int = 0     # the first symbol that may be followed by one
-    target: str = "state"         # state = of the last symbol | next_symbol = the one that comes
+    target: str = "state"         # state: that of the last symbol | next_symbol: the symbol that follows
 
     @property
     def length(self) -> int:
-        """Steps of the longest sequence."""
+        """Number of steps of the longest sequence."""
         num_distractors = self.num_shown - self.first_distractor if self.distractor_probability else 0
         return self.num_shown * (1 + self.gaps[1]) + max(num_distractors, 0)
 
     def sample(self, key: jax.Array) -> Examples:
-        of_walk, of_gaps, of_distractors, of_noise = jax.random.split(key, 4)
+        rng_walk, rng_gaps, rng_distractors, rng_noise = jax.random.split(key, 4)
         grammar, num_shown = self.grammar, self.num_shown
-        states = walk(grammar, of_walk, num_shown + 1)
+        states = walk(grammar, rng_walk, num_shown + 1)
         symbols = jnp.asarray(grammar.symbol)[states]
         labels = symbols[1:] if self.target == "next_symbol" else states[:-1]
         states, symbols = states[:-1], symbols[:-1]
 
-        gaps = jax.random.randint(of_gaps, (num_shown,), self.gaps[0], self.gaps[1] + 1)
-        of_presence, of_choice = jax.random.split(of_distractors)
-        has_distractor = jax.random.uniform(of_presence, (num_shown,)) < self.distractor_probability
+        gaps = jax.random.randint(rng_gaps, (num_shown,), self.gaps[0], self.gaps[1] + 1)
+        rng_presence, rng_choice = jax.random.split(rng_distractors)
+        has_distractor = jax.random.uniform(rng_presence, (num_shown,)) < self.distractor_probability
         has_distractor &= jnp.arange(num_shown) >= self.first_distractor
-        distractors = _pick(of_choice, grammar.forbidden, grammar.num_forbidden, states)
+        distractors = _pick(rng_choice, grammar.forbidden, grammar.num_forbidden, states)
 
         ends = jnp.cumsum(1 + gaps + has_distractor)  # [num_shown]
         step = jnp.arange(self.length)
@@ -145,14 +145,14 @@ class SelectivBench:
         shown = jnp.where(since_symbol == 0, symbols[window], jnp.where(is_distractor, distractors[window], -1))
         inputs = jax.nn.one_hot(jnp.where(is_real, shown, -1), grammar.num_symbols)  # -1 gives zeros
         if self.noise:
-            inputs += jax.random.uniform(of_noise, inputs.shape, minval=-self.noise, maxval=self.noise)
+            inputs += jax.random.uniform(rng_noise, inputs.shape, minval=-self.noise, maxval=self.noise)
         return Examples(
             inputs=inputs, segment_ids=is_real.astype(jnp.int32), labels=jnp.where(is_real, labels[window], -1),
             positions=None, windows=window)
 
 
 def walk(grammar: Grammar, key: jax.Array, num_symbols: int) -> jax.Array:
-    """[num_symbols] states in their order, from the start of a string."""
+    """Draws a walk through the grammar from the start of a string: [num_symbols] states in order."""
     def step(state, draw):
         choice = (draw * num_successors[state]).astype(jnp.int32)
         state = successors[state, jnp.minimum(choice, num_successors[state] - 1)]
@@ -164,7 +164,7 @@ def walk(grammar: Grammar, key: jax.Array, num_symbols: int) -> jax.Array:
 
 
 def _pick(key: jax.Array, rows: np.ndarray, lengths: np.ndarray, states: jax.Array) -> jax.Array:
-    """One entry, with equal probabilities, of the row of each state."""
+    """Draws one entry, all equally probable, from the row of each state."""
     length = jnp.asarray(lengths)[states]
     choice = jnp.minimum((jax.random.uniform(key, states.shape) * length).astype(jnp.int32), length - 1)
     return jnp.asarray(rows)[states, choice]

@@ -1,4 +1,4 @@
-"""Causal depthwise convolution that stops at segment edges and can be continued."""
+"""Causal depthwise convolution that stays within segments and returns a state to continue from."""
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -17,13 +17,13 @@ def causal_depthwise_conv(
 ) -> tuple[Float[Array, "b t d"], Float[Array, "b w-1 d"]]:
     """Returns y_t = bias + sum_j kernel[j] * x_{t - w + 1 + j}, and the last w - 1 inputs.
 
-    The last tap meets the current token. Sums are float32; y has the dtype of `x`. Taps that would reach
-    into another segment or into padding read 0, and y is 0 at padding.
+    The last tap reads the current token. Sums are float32; y has the dtype of `x`. Taps that would reach into
+    another segment or into padding read 0, and y is 0 at padding.
 
     Args:
       initial_state: the w - 1 inputs before the first token, oldest first; None means zeros.
-      segment_ids: 0 = padding. The returned state is that after the last real token, zero where
-        its window reaches past the start of its segment.
+      segment_ids: 0 = padding. The returned state is that after the last real token, and zero where its window
+        reaches before the start of its segment.
     """
     taps, length = kernel.shape[0], x.shape[1]
     if segment_ids is None:
@@ -34,7 +34,7 @@ def causal_depthwise_conv(
     x = jnp.where(is_real[:, :, None], x, 0)
     history = jnp.pad(x, ((0, 0), (taps - 1, 0), (0, 0)))  # [b, w - 1 + t, d]
     if initial_state is not None:
-        # Right before the first real token, whatever padding there is ahead of it.
+        # Directly before the first real token, even if padding precedes that token.
         before = jnp.argmax(is_real, axis=1)[:, None] + jnp.arange(taps - 1)  # [b, w - 1]
         history = history.at[jnp.arange(x.shape[0])[:, None], before].set(initial_state.astype(x.dtype))
     history_ordinal = jnp.pad(ordinal, ((0, 0), (taps - 1, 0)), constant_values=1)
@@ -53,7 +53,7 @@ def causal_depthwise_conv(
 
 
 class CausalDepthwiseConv(nn.Module):
-    """`causal_depthwise_conv` with learned taps, initialised as torch's Conv1d: uniform within 1/sqrt(taps)."""
+    """`causal_depthwise_conv` with learned taps, initialised like torch's Conv1d: uniform in +-1/sqrt(taps)."""
 
     taps: int
     logical_axis: str = "conv"

@@ -12,7 +12,7 @@ class SwiGLU(nn.Module):
 
     Attributes:
       width: features between the projections.
-      init_std, out_init_std: standard deviations of the input and output projections at the start.
+      init_std, out_init_std: initial standard deviations of the input and output projections.
     """
 
     width: int

@@ -8,13 +8,13 @@ from layers.array_types import Array, Float, typed
 class Linear(nn.Module):
     """Contracts the last axes of x with the first axes of a kernel drawn from N(0, init_std^2).
 
-    linen's DenseGeneral would do, but it cannot initialise a kernel of many named axes under a mesh.
+    linen's DenseGeneral cannot initialise a kernel of many named axes under a mesh.
 
     Attributes:
       features: size of each output axis.
-      logical_axes: names of all kernel axes, inputs first; how many are inputs follows from `features`.
-      init_std: standard deviation at the start.
-      dtype: of the matmul and its result; the kernel is kept in float32.
+      logical_axes: names of all kernel axes, inputs first; `features` determines how many are inputs.
+      init_std: initial standard deviation.
+      dtype: dtype of the matmul and its result; the kernel itself is float32.
     """
 
     features: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation, in float32 whatever the inputs."""
+"""Root-mean-square normalisation, computed in float32 for inputs of any dtype."""
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ def rms_norm(
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` with a learned scale, 1 at the start."""
+    """`rms_norm` with a learned scale, initially 1."""
 
     logical_axis: str = "norm"
     epsilon: float = 1e-5

@@ -1,4 +1,4 @@
-"""Rotary position embedding, half-split and of partial width."""
+"""Rotary position embedding: half-split layout, optionally on part of each head."""
 import jax.numpy as jnp
 
 from layers.array_types import Array, Float, Int, typed
@@ -10,7 +10,7 @@ def rotary(
 ) -> Float[Array, "b t h k"]:
     """Rotates the first `width` features of each head by an angle that grows with position.
 
-    RoFormer (arXiv 2104.09864) eq. 34, with feature j paired with j + width/2 rather than with its neighbour.
+    RoFormer (arXiv 2104.09864) eq. 34, with feature j paired with j + width/2 instead of its neighbour.
     Angles and the rotation are float32; the result has the dtype of `x`. Features past `width` pass
     through; width 0 returns `x`.
 

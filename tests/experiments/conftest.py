@@ -1,4 +1,4 @@
-"""One trained run for all tests of the programs, and a compilation cache that is not the user's."""
+"""One trained run for all tests of the commands, and a compilation cache apart from the user's."""
 from pathlib import Path
 
 import jax
@@ -9,13 +9,13 @@ from tests.support import runs
 
 @pytest.fixture(scope="session")
 def compilation_cache(tmp_path_factory) -> Path:
-    """A directory that programs in this process and in processes of their own share."""
+    """A directory of compiled programs, shared by this process and those it starts."""
     return tmp_path_factory.mktemp("compiled")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def shared_compilation_cache(compilation_cache):
-    """The programs of one test are those of others."""
+    """Lets tests reuse the programs that others compiled."""
     jax.config.update("jax_compilation_cache_dir", str(compilation_cache))
 
 
@@ -37,7 +37,7 @@ def tiny(configs) -> Path:
 
 @pytest.fixture(scope="session")
 def finished_run(tiny, tmp_path_factory, compilation_cache) -> Path:
-    """The workdir of tiny.py, trained without interruption by one process. To change it, copy it."""
+    """The workdir of tiny.py, trained without interruption by one process; copy it before changing it."""
     workdir = tmp_path_factory.mktemp("runs") / "uninterrupted"
     runs.finish(runs.start("train", f"--config={tiny}", f"--workdir={workdir}", cache=compilation_cache))
     return workdir

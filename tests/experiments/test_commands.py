@@ -158,7 +158,7 @@ def test_evaluate_is_the_mean_surprise_over_every_byte_of_the_held_out_documents
     """Against numpy: each document is read after its BOS, and only bytes of the same document predict a byte."""
     evaluate.main([f"--workdir={finished_run}", "--config.eval_bytes=1_000_000"])
     head, bits, *_ = capsys.readouterr().out.splitlines()
-    split = run.corpus().split("test")
+    split = run.corpus().split("held_out")
     source = WindowSource(split, run.config.data.sequence_length, seed=0)
     windows = [source[index] for index in range(len(source))]
     tokens, segments = (np.stack([window[key] for window in windows]) for key in ("tokens", "segment_ids"))

@@ -1,4 +1,4 @@
-"""How close is close: every numerical tolerance of the tests, and the data they share."""
+"""Every numerical tolerance of the tests, and the golden vectors they share."""
 from pathlib import Path
 
 import jax
@@ -11,10 +11,10 @@ WORST_OVER_RMS = 16  # an RMS alone would hide one bad element among a million
 
 # Against vectors computed in float64: largest error over largest value.
 GOLDEN_LIMIT = 1e-6
-# A float32 factor per step, raised to the power of 71: a step size rounded to float32, all else in float64, is
-# already 1.6e-6 from the gradients of those vectors.
+# A float32 factor per step, raised to the power of 71: rounding only the step size to float32, with all else in
+# float64, already differs by 1.6e-6 from the gradients of those vectors.
 GOLDEN_POWERS_LIMIT = 5e-6
-# A quotient by a small difference of large terms: the equations stepped in float32 are 4e-6 from the vectors too.
+# A quotient by a small difference of large terms: the equations stepped in float32 also differ by 4e-6.
 GOLDEN_QUOTIENT_LIMIT = 8e-6
 GOLDEN_LAYER_LIMIT = 5e-5
 GOLDEN_GRADIENT_LIMIT = 1e-3  # plus GRADIENT_FLOOR; whole models, whose own float32 noise is 6e-5
@@ -35,7 +35,7 @@ def golden(name: str) -> dict[str, np.ndarray]:
 
 
 def assert_matches(actual, expected, *, dtype, scale: float = 1.0) -> None:
-    """Every leaf of `actual` is finite and close to the same leaf of `expected`, which is exact."""
+    """Asserts that every leaf of `actual` is finite and close to the same leaf of the exact `expected`."""
     limit = scale * RMS_LIMIT[jnp.dtype(dtype).name]
 
     def check(name, got, want):
@@ -49,7 +49,7 @@ def assert_matches(actual, expected, *, dtype, scale: float = 1.0) -> None:
 
 
 def assert_golden(actual, expected, *, limit: float = GOLDEN_LIMIT, floor: float = 0.0) -> None:
-    """Every leaf is finite, and its largest error within `limit` of the largest expected value, plus `floor`."""
+    """Asserts that leaves are finite, with errors up to `limit` times the largest expected value, plus `floor`."""
 
     def check(name, got, want):
         assert np.isfinite(got).all(), f"{name} has NaN or inf"
@@ -71,6 +71,6 @@ def _each_leaf(check, actual, expected) -> None:
 
 
 def _parts(x) -> np.ndarray:
-    """x in float64; of a complex x real parts, then imaginary ones."""
+    """Returns x in float64; a complex x as its real parts followed by its imaginary parts."""
     x = np.asarray(x)
     return np.stack([x.real, x.imag]).astype(np.float64) if np.iscomplexobj(x) else x.astype(np.float64)

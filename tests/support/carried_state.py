@@ -1,4 +1,4 @@
-"""What a state and segments promise, of any op or layer that runs along a sequence."""
+"""Laws of states and segments, for any op or layer that runs along a sequence."""
 from collections.abc import Callable
 from typing import Any
 
@@ -12,15 +12,15 @@ HALF = 7  # tokens; inputs are twice as long
 
 
 def assert_state_is_carried(run: Callable, x: Any, empty: Any, *, scale: float = 4) -> None:
-    """A sequence in parts equals the whole; segments in a row equal those alone; padding is inert and reads 0.
+    """Asserts that parts equal the whole, packed segments equal separate ones, and padding is inert and reads 0.
 
-    Two programs do for all of it, one of 2 * HALF tokens and one of a single token.
+    Two programs cover all of it, one of 2 * HALF tokens and one of a single token.
 
     Args:
       run: (x, segment_ids [b, t], state) -> (y [b, t, ...], state).
       x: a pytree of arrays [b, 2 * HALF, ...].
       empty: the state before the first token.
-      scale: of the tolerance.
+      scale: multiplies the tolerance.
     """
     run = jax.jit(run)
     batch = jax.tree.leaves(x)[0].shape[0]

@@ -1,4 +1,4 @@
-"""Small models with weights drawn away from their initial values, whose routers therefore cut at random."""
+"""Small models with random weights far from their initial values, so that their routers cut at random."""
 from functools import cache, partial
 
 import jax
@@ -8,7 +8,7 @@ import numpy as np
 from hnet import HNetConfig, HNetLM, StageConfig, init_decode_state, parameter_shapes
 from tests.support.inputs import Draw
 
-MARGIN = 1e-4  # no probability this close to 1/2: rounding must not move a boundary
+MARGIN = 1e-4  # least distance of probabilities from 1/2: rounding must not move a boundary
 
 
 def two_stage_config(**stage_fields) -> HNetConfig:
@@ -22,7 +22,7 @@ def two_stage_config(**stage_fields) -> HNetConfig:
 
 
 def random_params(config: HNetConfig, seed: int = 0) -> dict:
-    """Weights large enough that boundaries are many and logits of order 1."""
+    """Draws weights large enough for many boundaries and logits of order 1."""
     draw = Draw(seed)
 
     def leaf(path, shape):
@@ -42,7 +42,7 @@ def compiled(config: HNetConfig):
 
 
 def clear_tokens(config: HNetConfig, params: dict, segment_ids: np.ndarray) -> np.ndarray:
-    """Tokens for which every boundary probability of every stage is at least MARGIN away from 1/2."""
+    """Draws tokens for which all boundary probabilities are at least MARGIN away from 1/2."""
     run = partial(compiled(config), params)
     for seed in range(100):
         tokens = np.random.default_rng(seed).integers(0, config.vocab_size, segment_ids.shape, dtype=np.int32)
@@ -53,7 +53,7 @@ def clear_tokens(config: HNetConfig, params: dict, segment_ids: np.ndarray) -> n
 
 
 def one_stage_config(boundary_lm: HNetConfig | None = None, **stage_fields) -> HNetConfig:
-    """Attention alone, which compiles fast."""
+    """Returns a config of attention alone, which compiles fast."""
     common = dict(num_heads=2, rotary_width=8, feed_forward_width=24)
     stages = (
         StageConfig(width=16, encoder="t1", decoder="t1", **common, **stage_fields),
@@ -66,7 +66,7 @@ def stepped_logits(
     config: HNetConfig, params: dict, tokens: np.ndarray, *, prompt_lengths: tuple[int, ...],
     boundary_levels: np.ndarray | None = None, max_length: int = 0,
 ) -> np.ndarray:
-    """Logits [b, t, vocab] of rows read as ragged, left-padded prompts and then token by token."""
+    """Reads rows as ragged, left-padded prompts and then token by token; returns logits [b, t, vocab]."""
     num_rows, length = tokens.shape
     run = compiled_with_state(config)
     levels = boundary_levels

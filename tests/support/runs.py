@@ -1,4 +1,4 @@
-"""A tiny run for the tests of the programs, and ways to start them as a user does."""
+"""A tiny run for the tests of the commands, and functions that start them as a user does."""
 import json
 import os
 import random
@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 NUM_STEPS = 20
 KEPT_STEPS = (10, 15, 20)  # checkpoints of a finished run
 
-# Attention alone compiles in a third of the time that Mamba-2 takes; what these tests ask does not depend on it.
+# Attention compiles in a third of the time of Mamba-2; these tests do not depend on the mixer.
 CONFIG = """
 from experiments.config import DataConfig, OptimizerConfig, RunConfig
 from hnet import HNetConfig, StageConfig
@@ -61,7 +61,7 @@ TWO_STAGE_CONFIG = ISOTROPIC_CONFIG.replace("stages=(stage,)), tokens_per_chunk=
 
 
 def write_corpus(directory: Path, *, seed: int = 0) -> None:
-    """Thirty short texts of a few words, in directory/text."""
+    """Writes thirty short texts of a few words into directory/text."""
     words = ["the", "of", "chunk", "byte", "model", "return", "self", "import", "=", "grün", "\n"]
     draw = random.Random(seed)
     (directory / "text").mkdir(parents=True)
@@ -71,11 +71,11 @@ def write_corpus(directory: Path, *, seed: int = 0) -> None:
 
 
 def start(program: str, *arguments: str | Path, cache: Path, quick: bool = True) -> subprocess.Popen:
-    """Starts `python -m experiments.<program>`, or the text of a program, on one CPU device.
+    """Starts `python -m experiments.<program>`, or the source text of a program, on one CPU device.
 
     Args:
-      cache: where compiled programs are kept.
-      quick: leave out most compiler optimisations, which halves the time to compile.
+      cache: the directory of compiled programs.
+      quick: skip most compiler optimisations, which halves the time to compile.
     """
     what = ["-c", program] if "\n" in program else ["-m", f"experiments.{program}"]
     environment = {
@@ -97,7 +97,7 @@ def finish(process: subprocess.Popen, *, code: int = 0) -> tuple[str, str]:
 
 
 def results(workdir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what depends on the clock."""
+    """Reads metrics.jsonl without the values that depend on the clock."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if not k.startswith("perf/")} for line in lines]
 
@@ -129,7 +129,7 @@ def train_here(config: RunConfig, mesh: Mesh) -> tuple[TrainState, list[dict[str
 
 
 def assert_same_training(actual: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
-    """The same steps, with the same losses and boundaries but for the order of sums."""
+    """Asserts the same steps, with losses and boundaries equal up to the order of sums."""
     for got, want in zip(actual, expected, strict=True):
         assert got.keys() == want.keys() and got["step"] == want["step"]
         for name in {"train/loss_nats", "stage0/boundary_rate", "eval/bits_per_byte"} & got.keys():

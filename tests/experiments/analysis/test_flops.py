@@ -59,7 +59,7 @@ TRANSFORMER = StageConfig(
 
 
 def _transformer_flops(tokens: float) -> float:
-    """Of the blocks, for this many tokens in a row: projections, scores and sums over values, feed-forward."""
+    """Counts a row's FLOPs in the blocks: projections, scores and sums over values, feed-forward."""
     return LAYERS * 2 * tokens * (4 * WIDTH**2 + 2 * tokens * WIDTH + 3 * WIDTH * FEED_FORWARD)
 
 

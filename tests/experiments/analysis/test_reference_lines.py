@@ -70,5 +70,5 @@ def test_the_training_split_is_what_is_counted_and_the_test_split_what_is_measur
     for i in range(60):
         (tmp_path / f"{i}.txt").write_text(f"{i} some text of its own and some that is common to all")
     corpus = load_corpus(f"files:{tmp_path}/*.txt", cache_dir=str(tmp_path / "cache"))
-    samples = [sample_bytes(corpus.split(split), 10**6) for split in ("train", "test")]
+    samples = [sample_bytes(corpus.split(split), 10**6) for split in ("train", "held_out")]
     assert corpus_reference_lines(corpus) == reference_lines(*samples)

@@ -12,12 +12,12 @@ from experiments.data.sources import Document, Source, open_source
 from experiments.errors import UsageError
 
 TRAIN = [b"\xfe\xff not UTF-8 \x00", b"x" * RECORD_BYTES, bytes(range(256)) * 1000, b"", b"last"]
-TEST = [b"", b"held out"]
+HELD_OUT = [b"", b"held out"]
 
 
-def _source(train: list[bytes] = TRAIN, test: list[bytes] = TEST) -> Source:
+def _source(train: list[bytes] = TRAIN, held_out: list[bytes] = HELD_OUT) -> Source:
     documents = [Document(f"train{i}", content, "train") for i, content in enumerate(train)]
-    documents += [Document(f"test{i}", content, "test") for i, content in enumerate(test)]
+    documents += [Document(f"held{i}", content, "held_out") for i, content in enumerate(held_out)]
     return Source(name="toy", paths=(), documents=lambda: iter(documents))
 
 
@@ -42,7 +42,14 @@ def test_parts_found_through_the_index_are_the_documents(tmp_path):
 def test_empty_documents_are_skipped_and_counted(tmp_path):
     fingerprint = _fingerprint(tmp_path, "toy", _source())
     assert (fingerprint["files"], fingerprint["skipped_empty"]) == (5, 2)
-    assert fingerprint["bytes"] == len(b"".join(TRAIN + TEST))
+    assert fingerprint["bytes"] == len(b"".join(TRAIN + HELD_OUT))
+
+
+def test_the_prepared_format_calls_the_held_out_split_test(tmp_path):
+    fingerprint = _fingerprint(tmp_path, "toy", _source())
+    index = json.loads((tmp_path / "toy" / "index.json").read_text())
+    assert set(index) == {"fingerprint", "record_bytes", "train", "test"} and index["test"]["names"] == ["held1"]
+    assert fingerprint["sha256"] == "4b26fc55c18f07963ea3061640ef3f4578b10b455d0153467858b241cf45688b"
 
 
 def test_fingerprints_tell_order_and_boundaries_and_splits_but_not_names(tmp_path):
@@ -55,10 +62,12 @@ def test_fingerprints_tell_order_and_boundaries_and_splits_but_not_names(tmp_pat
     assert _fingerprint(tmp_path, "renamed", renamed) == fingerprints[0]
 
 
-@pytest.mark.parametrize(("train", "test", "missing"), [([b"one"], [b""], "test"), ([], [b"one"], "train")])
-def test_a_split_without_text_is_refused(tmp_path, train, test, missing):
-    with pytest.raises(UsageError, match=rf"none of .* into the {missing} split, 1 into .*files:pieces/\*"):
-        prepare(_source(train, test), tmp_path)
+@pytest.mark.parametrize(
+    ("train", "held_out", "missing"), [([b"one"], [b""], "held_out"), ([], [b"one"], "train")])
+def test_a_split_without_text_is_refused(tmp_path, train, held_out, missing):
+    message = rf"the {missing} split has no documents and the other 1; .*files:pieces/\*"
+    with pytest.raises(UsageError, match=message):
+        prepare(_source(train, held_out), tmp_path)
     assert not (tmp_path / "index.json").exists()
 
 

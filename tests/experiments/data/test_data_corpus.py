@@ -33,7 +33,7 @@ def _load_after(barrier, texts: Path) -> None:
 
 def test_any_slice_is_that_slice_of_the_file(texts):
     corpus, rng = _load(texts), np.random.default_rng(1)
-    for split in map(corpus.split, ("train", "test")):
+    for split in map(corpus.split, ("train", "held_out")):
         for document, (name, length) in enumerate(zip(split.names, split.lengths, strict=True)):
             content = Path(name).read_bytes()
             assert length == len(content)
@@ -44,7 +44,7 @@ def test_any_slice_is_that_slice_of_the_file(texts):
 
 
 def test_the_ends_of_records_are_no_ends_of_reading(texts):
-    split = next(s for s in map(_load(texts).split, ("train", "test")) if f"{texts}/long" in s.names)
+    split = next(s for s in map(_load(texts).split, ("train", "held_out")) if f"{texts}/long" in s.names)
     document, content = split.names.index(f"{texts}/long"), (texts / "long").read_bytes()
     edges = [0, 1, RECORD_BYTES - 1, RECORD_BYTES, RECORD_BYTES + 1, 3 * RECORD_BYTES, len(content)]
     for start in edges:
@@ -63,7 +63,7 @@ EDGES = [(5, 300), (7, 7), (0, RECORD_BYTES), (RECORD_BYTES - 1, RECORD_BYTES)]
 
 @pytest.mark.parametrize(("start", "stop"), EDGES)
 def test_a_slice_within_one_record_decodes_no_other(texts, monkeypatch, start, stop):
-    split = next(s for s in map(_load(texts).split, ("train", "test")) if f"{texts}/long" in s.names)
+    split = next(s for s in map(_load(texts).split, ("train", "held_out")) if f"{texts}/long" in s.names)
     decoded = []
     monkeypatch.setattr(type(split), "_records", property(lambda self: RecordLog(self, decoded)))
     split.read(split.names.index(f"{texts}/long"), RECORD_BYTES + start, RECORD_BYTES + stop)
@@ -82,9 +82,9 @@ class RecordLog:
 def test_no_text_is_in_both_splits(texts):
     (texts / "copy").write_bytes((texts / "07").read_bytes())
     corpus = _load(texts)
-    train, test = ({Path(name).read_bytes() for name in corpus.split(s).names} for s in ("train", "test"))
-    assert train.isdisjoint(test)
-    assert len(train) + len(test) == corpus.fingerprint["files"] - 1
+    train, held_out = ({Path(name).read_bytes() for name in corpus.split(s).names} for s in ("train", "held_out"))
+    assert train.isdisjoint(held_out)
+    assert len(train) + len(held_out) == corpus.fingerprint["files"] - 1
 
 
 def test_the_second_load_prepares_nothing(texts, capsys, monkeypatch):

@@ -46,7 +46,7 @@ def test_stdlib_is_code_and_prose_in_two_disjoint_splits():
     assert {"json/decoder.py", "topics/assert"} <= names
     assert len(names) == len(documents)
     assert not any(Path(name).parts[0] in ("site-packages", "test", "pydoc_data") for name in names)
-    held_out = {document.content for document in documents if document.split == "test"}
+    held_out = {document.content for document in documents if document.split == "held_out"}
     assert 0.05 < len(held_out) / len(documents) < 0.15
     assert held_out.isdisjoint(document.content for document in documents if document.split == "train")
 
@@ -54,7 +54,7 @@ def test_stdlib_is_code_and_prose_in_two_disjoint_splits():
 def test_a_stripped_standard_library_points_to_files(tmp_path, monkeypatch):
     (tmp_path / "os.py").write_text("import sys")
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    with pytest.raises(UsageError, match=r"keeps 1 library .*--config\.data\.source=files:GLOB"):
+    with pytest.raises(UsageError, match=r"has 1 library .*--config\.data\.source=files:GLOB"):
         open_source("stdlib")
 
 
@@ -83,7 +83,7 @@ def test_the_split_depends_on_content_alone(tmp_path):
                    for name in ("here", "there"))
     assert there.items() < here.items()
     # The hash is part of the format: another one would let held-out text into training on resume.
-    assert [i for i in range(60) if split_by_content(b"text %d" % i) == "test"] == [2, 11, 20, 30, 31]
+    assert [i for i in range(60) if split_by_content(b"text %d" % i) == "held_out"] == [2, 11, 20, 30, 31]
 
 
 @pytest.mark.parametrize("source", ["files:", "books/*.txt", "tfds", "stdlib:"])
@@ -118,13 +118,13 @@ def test_tfds_sets_keep_their_own_splits(tmp_path):
     documents = _documents(_prepared(tmp_path, train=3, validation=2, test=1))
     assert sorted(document.content for document in documents if document.split == "train") == [
         b"train text 0", b"train text 1", b"train text 2"]
-    assert sorted(document.content for document in documents if document.split == "test") == [
+    assert sorted(document.content for document in documents if document.split == "held_out") == [
         b"validation text 0", b"validation text 1"]
 
 
 def test_tfds_sets_of_one_split_are_split_by_content(tmp_path):
     documents = _documents(_prepared(tmp_path, train=40))
-    assert {document.split for document in documents} == {"train", "test"}
+    assert {document.split for document in documents} == {"train", "held_out"}
     assert all(document.split == split_by_content(document.content) for document in documents)
 
 

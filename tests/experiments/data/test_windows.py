@@ -14,7 +14,7 @@ TOY = [b"a", b"\xfe\xfe", bytes(range(256)), b"\x00", "grün".encode("latin-1"),
 
 
 def _split(documents: list[bytes] = TOY) -> SimpleNamespace:
-    """As much of a DocumentSplit as windows use."""
+    """The part of a DocumentSplit that windows use."""
     return SimpleNamespace(
         lengths=np.array([len(document) for document in documents], np.int64),
         read=lambda document, start, stop: np.frombuffer(documents[document][start:stop], np.uint8),
@@ -84,7 +84,7 @@ def test_windows_have_one_shape_and_padding_only_at_the_very_end():
     last = windows[7]
     np.testing.assert_array_equal(last["segment_ids"] > 0, np.arange(51) < 25)
     assert not last["tokens"][25:].any()
-    with pytest.raises(IndexError, match="window 8 of 8"):
+    with pytest.raises(IndexError, match="window 8 is not one of the 8"):
         windows[8]
 
 
@@ -235,7 +235,7 @@ def test_without_a_marker_there_is_no_mask():
 
 @pytest.mark.parametrize("marker", [b"nowhere", b"second"])
 def test_a_marker_with_nothing_after_it_is_refused(marker):
-    with pytest.raises(UsageError, match=rf"loss_after '{marker.decode()}' has text after it in none of the 6 "):
+    with pytest.raises(UsageError, match=rf"loss_after '{marker.decode()}': none of the 6 documents"):
         WindowSource(_split(MARKED), 7, seed=0, loss_marker=marker)
 
 
@@ -275,7 +275,7 @@ def test_windows_read_a_prepared_corpus(tmp_path):
     for i, content in enumerate(contents):
         (tmp_path / f"{i}.bin").write_bytes(content)
     corpus = load_corpus(f"files:{tmp_path}/*.bin", cache_dir=str(tmp_path / "cache"))
-    streams = [_stream(WindowSource(corpus.split(split), 64, seed=0)) for split in ("train", "test")]
+    streams = [_stream(WindowSource(corpus.split(split), 64, seed=0)) for split in ("train", "held_out")]
     documents = [tokens[(document == i) & ~is_bos].astype(np.uint8).tobytes()
                  for tokens, document, is_bos in streams for i in range(document[-1] + 1)]
     assert sorted(documents) == sorted(contents)

@@ -1,4 +1,4 @@
-"""What tasks draw, the settings that they make of it, and the model that is asked."""
+"""Draws of tasks, the settings built from them, and the model that is asked."""
 import dataclasses
 import itertools
 

@@ -136,5 +136,5 @@ def test_impossible_grammars_are_refused(arguments):
 
 def test_a_grammar_that_is_too_rare_is_refused(monkeypatch):
     monkeypatch.setattr(selectivbench, "_MOST_DRAWS", 1)
-    with pytest.raises(ValueError, match="comes to '#' from every state; make density larger"):
+    with pytest.raises(ValueError, match="reaches '#' from every state; increase density"):
         make_grammar(0, 30, 1, 0.001)

@@ -182,7 +182,7 @@ def test_evaluate_counts_only_what_follows_the_marker(finished_run, capsys):
     evaluate.main([f"--workdir={finished_run}", "--config.data.loss_after=import", "--config.eval_bytes=100_000"])
     head, bits, *_ = capsys.readouterr().out.splitlines()
     run = restore_run(finished_run)
-    split, size = run.corpus().split("test"), run.config.data.sequence_length
+    split, size = run.corpus().split("held_out"), run.config.data.sequence_length
     order = np.random.RandomState(0).permutation(len(split.lengths))
     documents = [split.read(document, 0, int(split.lengths[document])).tobytes() for document in order]
     tokens = np.concatenate([np.frombuffer(bytes([BOS]) + text, np.uint8) for text in documents]).astype(np.int32)
