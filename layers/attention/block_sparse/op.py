@@ -1,7 +1,5 @@
 """Attention over listed blocks of keys: the public function, its gradient, and which implementation runs."""
 import functools
-import logging
-from types import ModuleType
 from typing import Any, Literal
 
 import jax
@@ -10,7 +8,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, PartitionSpec
 
 from layers.array_types import Array, Float, typed
-from layers.arrays.dispatch import KERNELS, kernel_module, log_once
+from layers.arrays.dispatch import by_platform, kernel_modules
 from layers.attention.block_lists import BlockLists
 from layers.attention.block_sparse import xla
 from layers.attention.block_sparse.reference import attention_reference
@@ -19,7 +17,6 @@ from layers.attention.mask import SELECT_BITS, MaskSpec, add_sinks, pad_tokens
 
 BlockSparseImplementation = Literal["auto", "reference", "xla", "pallas_tpu", "pallas_gpu"]
 CAUSAL = MaskSpec()
-logger = logging.getLogger(__name__)
 
 
 @typed
@@ -153,16 +150,10 @@ def _settings(q, k, v, blocks, mask, implementation, interpret) -> Settings:
                              f"{num_queries}] fits, or 1 in the place of the first two")
     if mask.sinks is not None and mask.sinks.shape != (num_heads,):
         raise ValueError(f"mask.sinks has shape {list(mask.sinks.shape)}; one per query head, [{num_heads}], fits")
-    settings = Settings(
+    return Settings(
         block_q=blocks.block_q, block_k=blocks.block_k, causal=mask.causal, window=mask.window,
         softcap=mask.softcap, scale=width ** -0.5 if mask.scale is None else mask.scale,
         implementation=implementation, interpret=interpret)
-    if implementation in KERNELS.values():
-        sizes = Sizes(*there, heads, blocks.ids.shape[-1], q.dtype, width, v.shape[-1])
-        reason = _module(implementation).unsupported(settings, sizes)
-        if reason is not None:
-            raise NotImplementedError(f'implementation="{implementation}": {reason}')
-    return settings
 
 
 def _fail_on_bad_lists(blocks: BlockLists) -> None:
@@ -205,26 +196,19 @@ def _backward(settings, *arrays):
 
 def _run(direction: str, settings: Settings, q, k, v, tiles, *others):
     """The implementation asked for; for "auto" that of the platform which the program is lowered for."""
-    def of(name):
-        return functools.partial(getattr(_module(name), direction), settings)
-
-    if settings.implementation != "auto":
-        return of(settings.implementation)(q, k, v, tiles, *others)
+    operands = (q, k, v, tiles, *others)
+    run_xla = functools.partial(getattr(xla, direction), settings)
+    if settings.implementation == "xla":
+        return run_xla(*operands)
     num_lists, num_query_blocks, room = tiles.ids.shape[1:]
     num_key_blocks = k.shape[1] // settings.block_k
     sizes = Sizes(num_query_blocks, num_key_blocks, num_lists, room, q.dtype, q.shape[-1], v.shape[-1])
-    ways = {}
-    for platform, name in KERNELS.items():
-        reason = _module(name).unsupported(settings, sizes)
-        if reason is None:
-            ways[platform] = of(name)
-        else:
-            log_once(logger, f"block_sparse_attention runs as xla on {platform}: {reason}")
-    return jax.lax.platform_dependent(q, k, v, tiles, *others, **ways, default=of("xla"))
-
-
-def _module(implementation: str) -> ModuleType:
-    return xla if implementation == "xla" else kernel_module("attention.block_sparse", implementation)
+    modules = kernel_modules("attention.block_sparse", settings.implementation)
+    kernels = {platform: functools.partial(getattr(module, direction), settings)
+               for platform, module in modules.items()}
+    reasons = {platform: module.unsupported(settings, sizes) for platform, module in modules.items()}
+    return by_platform("block_sparse_attention", kernels | {"default": run_xla}, *operands, reasons=reasons,
+                       fallback="xla", implementation=settings.implementation)
 
 
 @functools.cache

@@ -1,13 +1,12 @@
 """A vector state that decays by channel: RG-LRU, HGRN, minGRU, and with complex numbers S4D, S5 and LRU."""
 import functools
-import logging
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Float, Inexact, Int, typed
-from layers.arrays.dispatch import KERNELS, kernel_module, log_once, spread_over
+from layers.arrays.dispatch import by_platform, kernel_modules
 from layers.recurrences.context_parallel import Summary, varying_like
 from layers.recurrences.diagonal import xla
 from layers.recurrences.diagonal.parts import Parts, Settings, decay, joined, split
@@ -17,7 +16,6 @@ from layers.recurrences.segment_states import PADDING, Shards, over_segments
 
 DiagonalImplementation = Literal["auto", "reference", "associative", "pallas_tpu", "pallas_gpu"]
 SCANS = {"reference": sequential, "associative": xla.associative}
-logger = logging.getLogger(__name__)
 
 
 @typed
@@ -119,24 +117,12 @@ def _run(direction: str, settings: Settings, h: Parts, gate: Parts, *others) -> 
       direction: "forward" or "backward".
       h: or x, of the same dtype and shape.
     """
-    def of(name):
-        if name in SCANS:
-            return functools.partial(getattr(xla, direction), SCANS[name], settings)
-        return functools.partial(getattr(kernel_module("recurrences.diagonal", name), direction), settings)
-
-    def problem(name):
-        return spread_over() or kernel_module("recurrences.diagonal", name).unsupported(settings, h, gate)
-
-    if settings.implementation != "auto":
-        reason = problem(settings.implementation)
-        if reason is not None:
-            raise NotImplementedError(f'implementation="{settings.implementation}": {reason}')
-        return of(settings.implementation)(h, gate, *others)
-    ways = {"cpu": of("reference")}
-    for platform, name in KERNELS.items():
-        reason = problem(name)
-        if reason is None:
-            ways[platform] = of(name)
-        else:
-            log_once(logger, f"diagonal_recurrence runs as associative on {platform}: {reason}")
-    return jax.lax.platform_dependent(h, gate, *others, **ways, default=of("associative"))
+    modules = kernel_modules("recurrences.diagonal", settings.implementation)
+    run = {platform: functools.partial(getattr(module, direction), settings)
+           for platform, module in modules.items()}
+    run |= {platform: functools.partial(getattr(xla, direction), scan, settings)
+            for platform, scan in (("cpu", sequential), ("default", xla.associative))}
+    return by_platform(
+        "diagonal_recurrence", run, h, gate, *others,
+        reasons={platform: module.unsupported(settings, h, gate) for platform, module in modules.items()},
+        fallback="associative", implementation=settings.implementation)

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from layers.arrays.dispatch import KERNELS, kernel_module, log_once, spread_over
+from layers.arrays.dispatch import by_platform, kernel_modules, log_once
 from layers.recurrences.context_parallel import Summary, varying_like
 from layers.recurrences.log_decay import NOTHING_LEFT, check_log_decay
 from layers.recurrences.matrix.chunkwise import chunkwise
@@ -87,10 +87,7 @@ def _run(
     if implementation in FORMS:
         return FORMS[implementation](inert, state, settings)
     if implementation != "auto":
-        reason = _problem(implementation, inert)
-        if reason is not None:
-            raise NotImplementedError(f'implementation="{implementation}": {reason}')
-        return _kernel(implementation, settings, inert, state)
+        return _by_platform(settings, inert, state, implementation=implementation)
     log_once(logger, "matrix recurrences run as the kernel of a TPU or GPU; else by chunks where differentiated, "
              "and by tokens where not")
     return _auto(settings, inert, state) if tokens.v.shape[1] > 1 else sequential(inert, state, settings)
@@ -138,17 +135,19 @@ def _apply(transition: jax.Array, state: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _kernel(name: str, settings: Settings, tokens: Tokens, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _module(name).forward(settings, tokens, state, keep_states=False)[:2]
+def _kernel(
+    module: ModuleType, settings: Settings, tokens: Tokens, state: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    return module.forward(settings, tokens, state, keep_states=False)[:2]
 
 
-def _kernel_fwd(name, settings, tokens, state):
-    o, last, states = _module(name).forward(settings, tokens, state, keep_states=True)
+def _kernel_fwd(module, settings, tokens, state):
+    o, last, states = module.forward(settings, tokens, state, keep_states=True)
     return (o, last), (tokens, states)
 
 
-def _kernel_bwd(name, settings, residuals, cotangents):
-    return _module(name).backward(settings, *residuals, *cotangents)
+def _kernel_bwd(module, settings, residuals, cotangents):
+    return module.backward(settings, *residuals, *cotangents)
 
 
 _kernel.defvjp(_kernel_fwd, _kernel_bwd)
@@ -171,30 +170,16 @@ _auto.defvjp(_auto_fwd, _auto_bwd)
 
 
 def _by_platform(
-    settings: Settings, tokens: Tokens, state: jax.Array, **ways: Callable
+    settings: Settings, tokens: Tokens, state: jax.Array, *, implementation: MatrixImplementation = "auto",
+    **others: Callable,
 ) -> tuple[jax.Array, jax.Array]:
-    """Runs the kernel of the platform which the program is lowered for; "chunkwise" where there is none.
-
-    Args:
-      ways: what else runs on a platform.
-    """
-    for platform, name in KERNELS.items():
-        reason = _problem(name, tokens)
-        if reason is None:
-            ways[platform] = functools.partial(_kernel, name, settings)
-        else:
-            log_once(logger, f"matrix recurrences run as chunkwise on {platform}: {reason}")
-    default = functools.partial(chunkwise, settings=settings)
-    return jax.lax.platform_dependent(tokens, state, **ways, default=default)
-
-
-def _problem(name: str, tokens: Tokens) -> str | None:
-    """Why a kernel cannot run such a call; None if it can."""
-    return spread_over() or _module(name).unsupported(tokens)
-
-
-def _module(name: str) -> ModuleType:
-    return kernel_module("recurrences.matrix", name)
+    """Runs the kernel of the platform, or "chunkwise" where there is none, or `others` by platform."""
+    modules = kernel_modules("recurrences.matrix", implementation)
+    kernels = {platform: functools.partial(_kernel, module, settings) for platform, module in modules.items()}
+    return by_platform(
+        "matrix_recurrence", kernels | others | {"default": functools.partial(chunkwise, settings=settings)},
+        tokens, state, reasons={platform: module.unsupported(tokens) for platform, module in modules.items()},
+        fallback="chunkwise", implementation=implementation)
 
 
 def per_group(x: jax.Array, v: jax.Array, name: str) -> jax.Array:
