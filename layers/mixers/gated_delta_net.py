@@ -6,33 +6,33 @@ import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Float, Int, typed
-from layers.mixers.mamba2 import a_log_init, dt_bias_init
-from layers.mixers.parts import ConvolvedHeads, GatedOutput, LowRank, num_heads_for, unit
+from layers.mixers.parts import ConvolvedHeads, GatedOutput, LowRank, l2_normalize, num_heads_for
+from layers.nn.initializers import a_log_init, dt_bias_init
 from layers.nn.linear import Linear
 from layers.recurrences.gated_delta_rule import gated_delta_rule
 from layers.recurrences.matrix import MatrixImplementation
 
 
 class DeltaNetState(NamedTuple):
-    """What either layer carries from one token to the next."""
+    """State of either layer between two tokens."""
 
-    conv_q: jax.Array  # [b, taps - 1, h * k]: inputs of the convolution over queries, oldest first
+    conv_q: jax.Array  # [b, taps - 1, h * k]: last inputs of the convolution over queries, oldest first
     conv_k: jax.Array  # [b, taps - 1, h * k]
     conv_v: jax.Array  # [b, taps - 1, h * v]
     memory: jax.Array  # [b, h, k, v] float32
 
 
 class GatedDeltaNet(nn.Module):
-    """`gated_delta_rule` with a decay per head, or per key channel: convolved unit keys, a gated norm per head.
+    """`gated_delta_rule` with a decay per head or per key channel, convolved unit keys and a gated norm per head.
 
     Attributes:
       state_size: k, the key dimension of the memory.
       expand: inner width over model width.
       head_width: v; inner width / head_width heads.
       conv_taps: taps of the convolutions over queries, keys and values.
-      decays_per_channel: KDA; decays and the gate of the output then come through head_width features.
-      may_negate: beta is up to 2, so that a memory can turn its sign (arXiv 2411.12537); else up to 1.
-      init_std, out_init_std: standard deviations of the input and output projections at the start.
+      decays_per_channel: True is KDA, whose decays and output gate are low-rank maps through head_width features.
+      may_negate: beta reaches 2, so that a memory can flip its sign (arXiv 2411.12537); otherwise 1.
+      init_std, out_init_std: initial standard deviations of the input and output projections.
     """
 
     state_size: int = 64
@@ -67,8 +67,9 @@ class GatedDeltaNet(nn.Module):
         v, conv_v = v(x, state.conv_v, segment_ids)
 
         beta = jax.nn.sigmoid(self._linear((num_heads,), ("heads",), "beta_proj")(x).astype(jnp.float32))
+        beta = 2 * beta if self.may_negate else beta
         o, memory = gated_delta_rule(
-            unit(q), unit(k), v, (2 if self.may_negate else 1) * beta, self._log_decay(x, num_heads),
+            l2_normalize(q), l2_normalize(k), v, beta, self._log_decay(x, num_heads),
             initial_state=state.memory, segment_ids=segment_ids, implementation=self.implementation)
         per_value, axes = (num_heads, self.head_width), ("heads", "head_width")
         if self.decays_per_channel:
@@ -79,7 +80,7 @@ class GatedDeltaNet(nn.Module):
         return y, DeltaNetState(conv_q, conv_k, conv_v, memory)
 
     def _log_decay(self, x: jax.Array, num_heads: int) -> jax.Array:
-        """[b, t, h], or [b, t, h, k]: minus a rate of the head times a step that the token sets, as Mamba-2."""
+        """Returns minus the rate of a head times the step of a token, as in Mamba-2: [b, t, h] or [b, t, h, k]."""
         a_log = self.param("a_log", nn.with_logical_partitioning(a_log_init, ("heads",)), (num_heads,))
         if self.decays_per_channel:
             shape, axes = (num_heads, self.state_size), ("heads", "head_width")
@@ -91,7 +92,7 @@ class GatedDeltaNet(nn.Module):
         return -rate * jax.nn.softplus(step.astype(jnp.float32) + bias)
 
     def _convolutions(self, num_heads: int) -> tuple[ConvolvedHeads, ...]:
-        """Of queries, keys and values."""
+        """Returns the projections to queries, keys and values."""
         widths = {"q": self.state_size, "k": self.state_size, "v": self.head_width}
         return tuple(ConvolvedHeads(num_heads, width, self.conv_taps, self.init_std, self.dtype, name=name)
                      for name, width in widths.items())
@@ -105,8 +106,8 @@ class GatedDeltaNet(nn.Module):
     def empty_state(self, batch: int, width: int) -> DeltaNetState:
         """The state before the first token, at this model width."""
         num_heads = num_heads_for(width, self.expand, self.head_width)
-        of_key, of_value = (
+        key_inputs, value_inputs = (
             jnp.zeros((batch, self.conv_taps - 1, num_heads * size), self.dtype)
             for size in (self.state_size, self.head_width))
         memory = jnp.zeros((batch, num_heads, self.state_size, self.head_width), jnp.float32)
-        return DeltaNetState(of_key, of_key, of_value, memory)
+        return DeltaNetState(key_inputs, key_inputs, value_inputs, memory)

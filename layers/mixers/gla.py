@@ -13,7 +13,7 @@ from layers.recurrences.matrix import MatrixImplementation
 
 
 class GLAState(NamedTuple):
-    """What a layer of gated linear attention carries from one token to the next."""
+    """State of a GLA layer between two tokens."""
 
     memory: jax.Array  # [b, h, k, v] float32
 
@@ -26,8 +26,8 @@ class GLA(nn.Module):
       expand: inner width over model width.
       head_width: v; inner width / head_width heads.
       decay_rank: features between the input and the decays.
-      decay_temperature: a sigmoid's log is divided by it, so that memories fade slowly at the start.
-      init_std, out_init_std: standard deviations of the input and output projections at the start.
+      decay_temperature: divides the log of the sigmoid of the decay, so that memories fade slowly at first.
+      init_std, out_init_std: initial standard deviations of the input and output projections.
     """
 
     state_size: int = 64

@@ -14,7 +14,7 @@ from layers.recurrences.rg_lru import RGLRUState, rg_lru
 
 
 class GriffinState(NamedTuple):
-    """What a recurrent block carries from one token to the next."""
+    """State of a recurrent block between two tokens."""
 
     conv: jax.Array    # [b, taps - 1, inner]: inputs of the convolution, oldest first
     rg_lru: RGLRUState
@@ -25,9 +25,9 @@ class GriffinRecurrentBlock(nn.Module):
 
     Attributes:
       inner_width: width of the branches; None means the model width.
-      num_heads: blocks of the block-diagonal gates, which divide the inner width.
-      conv_taps: taps of the convolution ahead of the RG-LRU.
-      init_std, out_init_std: standard deviations of the input and output projections at the start.
+      num_heads: blocks of the block-diagonal gates; must divide the inner width.
+      conv_taps: taps of the convolution before the RG-LRU.
+      init_std, out_init_std: initial standard deviations of the input and output projections.
     """
 
     inner_width: int | None = None
@@ -85,7 +85,7 @@ class GriffinRecurrentBlock(nn.Module):
 
 
 class _BlockDiagonal(nn.Module):
-    """A linear map within each of equal parts of the channels, with bias; float32, as gates are."""
+    """Block-diagonal linear map with bias, in float32 as all gates are."""
 
     num_blocks: int
 
@@ -103,6 +103,6 @@ class _BlockDiagonal(nn.Module):
 
 
 def _a_param_init(key, shape, dtype=jnp.float32):
-    """Such that exp(-softplus) is the radius of a point drawn uniformly from the ring between 0.9 and 0.999."""
+    """Samples a_param so that exp(-softplus(a_param)) is uniform by area on the ring 0.9..0.999."""
     radius = jnp.sqrt(jax.random.uniform(key, shape, dtype, 0.9**2, 0.999**2))
     return jnp.log(1 / radius - 1)

@@ -1,4 +1,4 @@
-"""HGRN2 as a layer (arXiv 2404.07904): keys are what the forget gates leave."""
+"""HGRN2 as a layer (arXiv 2404.07904), whose keys are one minus its forget gates."""
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -13,7 +13,7 @@ from layers.recurrences.matrix import MatrixImplementation
 
 
 class HGRN2State(NamedTuple):
-    """What an HGRN2 layer carries from one token to the next."""
+    """State of an HGRN2 layer between two tokens."""
 
     memory: jax.Array  # [b, h, k, v] float32
 
@@ -25,8 +25,8 @@ class HGRN2(nn.Module):
       state_size: k, the key dimension of the memory.
       expand: inner width over model width.
       head_width: v; inner width / head_width heads.
-      lower_bound: of the forget gates f; the paper lets it rise from layer to layer.
-      init_std, out_init_std: standard deviations of the input and output projections at the start.
+      lower_bound: smallest value of the forget gates f; in the paper it rises from layer to layer.
+      init_std, out_init_std: initial standard deviations of the input and output projections.
     """
 
     state_size: int = 128
@@ -60,7 +60,7 @@ class HGRN2(nn.Module):
                           dtype=self.dtype, name=name)(x)
 
         forget = project(self.state_size, "forget_proj").astype(jnp.float32)
-        # log of lower_bound + (1 - lower_bound) sigmoid(forget), and 1 less that.
+        # The log of f = lower_bound + (1 - lower_bound) sigmoid(forget); the key is 1 - f.
         log_free = jnp.log1p(-self.lower_bound)
         log_decay = jax.nn.log_sigmoid(forget) + log_free
         if self.lower_bound > 0:

@@ -9,6 +9,7 @@ from einops import rearrange
 from layers.array_types import Array, Float, Int, typed
 from layers.mixers.parts import num_heads_for
 from layers.nn.causal_conv import CausalDepthwiseConv
+from layers.nn.initializers import a_log_init, dt_bias_init
 from layers.nn.linear import Linear
 from layers.nn.norms import rms_norm
 from layers.recurrences.matrix import MatrixImplementation
@@ -16,9 +17,9 @@ from layers.recurrences.ssd import ssd_scan
 
 
 class Mamba2State(NamedTuple):
-    """What a Mamba-2 layer carries from one token to the next."""
+    """State of a Mamba-2 layer between two tokens."""
 
-    conv_x: jax.Array   # [b, taps - 1, inner]: inputs of the convolution over x, oldest first
+    conv_x: jax.Array   # [b, taps - 1, inner]: last inputs of the convolution over x, oldest first
     conv_bc: jax.Array  # [b, taps - 1, 2 * groups * k]: the same over keys and queries
     ssm: jax.Array      # [b, h, k, v] float32
 
@@ -32,9 +33,10 @@ class Mamba2(nn.Module):
       state_size: k, the key dimension of the state.
       expand: inner width over model width.
       head_width: v; inner width / head_width heads.
-      conv_taps: taps of the convolution ahead of the scan.
-      num_groups: groups of heads that share keys and queries.
-      init_std, out_init_std: standard deviations of the input and output projections at the start.
+      conv_taps: taps of the convolution before the scan.
+      num_groups: heads of the keys and queries, each shared by equally many value heads.
+      chunk_size: tokens per step of the scan in its chunkwise form; it changes speed, not results.
+      init_std, out_init_std: initial standard deviations of the input and output projections.
     """
 
     state_size: int = 128
@@ -74,7 +76,7 @@ class Mamba2(nn.Module):
         bc, conv_bc_state = CausalDepthwiseConv(self.conv_taps, name="conv_bc")(
             project(2 * self.num_groups * self.state_size, "bc_proj", "state"), conv_bc_state, segment_ids)
         values = rearrange(jax.nn.silu(values), "b t (h v) -> b t h v", v=self.head_width)
-        bc = rearrange(jax.nn.silu(bc), "b t (two g k) -> two b t g k", two=2, g=self.num_groups)
+        bc = rearrange(jax.nn.silu(bc), "b t (two n k) -> two b t n k", two=2, n=self.num_groups)
 
         per_head = nn.with_logical_partitioning
         dt_bias = self.param("dt_bias", per_head(dt_bias_init, ("heads",)), (num_heads,))
@@ -102,16 +104,3 @@ class Mamba2(nn.Module):
             jnp.zeros((*history, self.expand * width), self.dtype),
             jnp.zeros((*history, 2 * self.num_groups * self.state_size), self.dtype),
             jnp.zeros((batch, num_heads, self.state_size, self.head_width), jnp.float32))
-
-
-
-def dt_bias_init(key, shape, dtype=jnp.float32):
-    """Inverse softplus of a time step drawn log-uniformly from [1e-3, 1e-1]."""
-    low, high = jnp.log(1e-3), jnp.log(1e-1)
-    dt = jnp.maximum(jnp.exp(jax.random.uniform(key, shape, dtype, low, high)), 1e-4)
-    return dt + jnp.log(-jnp.expm1(-dt))
-
-
-def a_log_init(key, shape, dtype=jnp.float32):
-    """Log of a decay rate drawn uniformly from [1, 16]."""
-    return jnp.log(jax.random.uniform(key, shape, dtype, 1.0, 16.0))

@@ -12,7 +12,7 @@ from layers.recurrences.min_gru import min_gru
 
 
 class MinGRUState(NamedTuple):
-    """What a minGRU layer carries from one token to the next."""
+    """State of a minGRU layer between two tokens."""
 
     h: jax.Array  # [b, inner] float32
 
@@ -21,8 +21,8 @@ class MinGRU(nn.Module):
     """`min_gru` between two projections.
 
     Attributes:
-      inner_width: of the state; None means the model width.
-      init_std, out_init_std: standard deviations of the input and output projections at the start.
+      inner_width: width of the state; None means the model width.
+      init_std, out_init_std: initial standard deviations of the input and output projections.
     """
 
     inner_width: int | None = None

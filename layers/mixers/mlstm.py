@@ -18,10 +18,10 @@ class MLSTM(nn.Module):
       state_size: k, the key dimension of the memory.
       expand: inner width over model width.
       head_width: v; inner width / head_width heads.
-      gate_cap: input and forget gate are kept between -gate_cap and gate_cap, before their activations.
-      input_gate_bias: at the start. At -10 a memory takes hundreds of tokens to be heard over the floor of its
-        normaliser, exp(-m); short sequences may want 0.
-      init_std, out_init_std: standard deviations of the input and output projections at the start.
+      gate_cap: soft bound on the magnitude of the input and forget gates before their activations.
+      input_gate_bias: initial bias. At -10 a memory needs hundreds of tokens to rise above the floor of its
+        normaliser, exp(-m); for short sequences 0 is better.
+      init_std, out_init_std: initial standard deviations of the input and output projections.
     """
 
     state_size: int = 64
@@ -64,7 +64,7 @@ class MLSTM(nn.Module):
         k = project((num_heads, self.state_size), "k_proj", "heads", None)
         v = project(per_head, "v_proj", "heads", None)
         input_gate = gate("input_gate", nn.initializers.constant(self.input_gate_bias))
-        # Memories that last for times that differ from head to head.
+        # Memory lengths differ from head to head.
         forget_gate = gate("forget_gate", lambda *_: jnp.linspace(3.0, 6.0, num_heads))
         h, memory = mlstm(
             q, k, v, input_gate, forget_gate, input_activation=self.input_activation, initial_state=initial_state,

@@ -1,4 +1,4 @@
-"""What the layers with a matrix state share: projections to heads, and the way back."""
+"""Parts shared by layers with a matrix state: projections to heads and back, and normalised keys."""
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -25,9 +25,9 @@ class ConvolvedHeads(nn.Module):
     def __call__(
         self,
         x: Float[Array, "b t d"],
-        initial_state: Float[Array, "b s i"] | None = None,
+        initial_state: Float[Array, "b history inner"] | None = None,
         segment_ids: Int[Array, "b t"] | None = None,
-    ) -> tuple[Float[Array, "b t h w"], Float[Array, "b s i"]]:
+    ) -> tuple[Float[Array, "b t h v"], Float[Array, "b history inner"]]:
         """Returns the heads, and the last taps - 1 inputs of the convolution."""
         inner = self.num_heads * self.head_width
         flat = Linear((inner,), ("embed", "inner"), init_std=self.init_std, dtype=self.dtype, name="proj")(x)
@@ -36,14 +36,14 @@ class ConvolvedHeads(nn.Module):
 
 
 class LowRank(nn.Module):
-    """Two linear maps with `rank` features between them, as gates of many channels are often made."""
+    """Two linear maps with `rank` features between them, a cheap way to make gates of many channels."""
 
     features: tuple[int, ...]
     logical_axes: tuple[str | None, ...]
     rank: int
     init_std: float
     dtype: jnp.dtype
-    between: Callable[[jax.Array], jax.Array] = lambda x: x  # what is done to the `rank` features
+    between: Callable[[jax.Array], jax.Array] = lambda x: x  # applied to the `rank` features
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -53,7 +53,7 @@ class LowRank(nn.Module):
 
 
 class GatedOutput(nn.Module):
-    """A norm within each head, times a gate if there is one, and the projection to the model width."""
+    """Norm within each head, optional gate, and projection to the model width."""
 
     width: int
     init_std: float
@@ -71,17 +71,17 @@ class GatedOutput(nn.Module):
                       name="out")(o)
 
 
-def unit(x: jax.Array) -> jax.Array:
-    """x over its norm along the last axis, in float32; a vector of zeros stays one."""
+def l2_normalize(x: jax.Array) -> jax.Array:
+    """Divides x by its norm along the last axis, in float32; a vector of zeros stays zero."""
     exact = x.astype(jnp.float32)
     return exact * jax.lax.rsqrt(jnp.sum(exact * exact, axis=-1, keepdims=True) + 1e-6)
 
 
 def num_heads_for(width: int, expand: int, head_width: int) -> int:
-    """Heads of `head_width` in `expand * width`.
+    """Returns how many heads of `head_width` fill `expand * width`.
 
     Raises:
-      ValueError: they do not come out even.
+      ValueError: expand * width is not a multiple of head_width.
     """
     if expand * width % head_width:
         raise ValueError(f"expand * width = {expand * width} is not a multiple of head_width {head_width}")

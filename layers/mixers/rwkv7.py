@@ -7,33 +7,33 @@ import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Float, Int, typed
-from layers.mixers.parts import LowRank, num_heads_for, unit
+from layers.mixers.parts import LowRank, l2_normalize, num_heads_for
 from layers.nn.causal_conv import causal_depthwise_conv
 from layers.nn.linear import Linear
 from layers.recurrences.dplr_recurrence import dplr_recurrence
 from layers.recurrences.matrix import MatrixImplementation
 
-FASTEST_LOG_DECAY = -math.exp(-0.5)  # eq. 12: no channel keeps less than exp of this
+FASTEST_LOG_DECAY = -math.exp(-0.5)  # eq. 12: the lower bound of all log decays
 NORM_EPSILON = 64e-5
 
 
 class RWKV7State(NamedTuple):
-    """What a time mix carries from one token to the next."""
+    """State of a time mix between two tokens."""
 
-    shift: jax.Array   # [b, 1, d]: the token before
+    shift: jax.Array   # [b, 1, d]: the previous token
     memory: jax.Array  # [b, h, k, k] float32
 
 
 class RWKV7TimeMix(nn.Module):
-    """`dplr_recurrence` of mixtures of each token with the one before; a group norm, a bonus for itself, a gate.
+    """`dplr_recurrence` over mixtures of each token with the previous one, then group norm, bonus and gate.
 
-    The mix of values with those of the first layer, which spans layers, is left out.
+    The paper also mixes values with those of the first layer; that spans layers and is left out.
 
     Attributes:
       expand: inner width over model width.
-      head_width: k and v; inner width / head_width heads.
+      head_width: k and v; there are inner width / head_width heads.
       rank: features between the input and each of decay, rate and gate.
-      init_std, out_init_std: standard deviations of the input and output projections at the start.
+      init_std, out_init_std: initial standard deviations of the input and output projections.
     """
 
     expand: int = 1
@@ -61,9 +61,9 @@ class RWKV7TimeMix(nn.Module):
         heads = num_heads_for(width, self.expand, self.head_width), self.head_width
         axes = ("heads", "head_width")
         shift, memory = initial_state or (None, None)
-        take_before = jnp.stack([jnp.ones(width), jnp.zeros(width)])  # taps of a convolution
+        shift_taps = jnp.stack([jnp.ones(width), jnp.zeros(width)])  # a convolution that delays by one token
         before, shift = causal_depthwise_conv(
-            x, take_before, jnp.zeros(width), initial_state=shift, segment_ids=segment_ids)
+            x, shift_taps, jnp.zeros(width), initial_state=shift, segment_ids=segment_ids)
 
         def per_channel(name, value, shape=heads, axes=axes):
             init = nn.with_logical_partitioning(nn.initializers.constant(value), axes)
@@ -84,7 +84,7 @@ class RWKV7TimeMix(nn.Module):
         decay_bias = self.param("decay_bias", nn.with_logical_partitioning(_decay_bias_init, axes), heads)
         decay = decay_bias + low_rank("decay", jnp.tanh).astype(jnp.float32)
         rate = jax.nn.sigmoid(per_channel("rate_bias", 0.0) + low_rank("rate").astype(jnp.float32))
-        removed = unit(k * per_channel("removal_key", 0.85))
+        removed = l2_normalize(k * per_channel("removal_key", 0.85))
         k = k * (1 + (rate - 1) * per_channel("key_rate", 1.0))
         o, memory = dplr_recurrence(
             r, FASTEST_LOG_DECAY * jax.nn.sigmoid(decay), k, v, -removed, removed * rate, initial_state=memory,
@@ -109,5 +109,5 @@ class RWKV7TimeMix(nn.Module):
 
 
 def _decay_bias_init(key, shape, dtype=jnp.float32):
-    """Before the sigmoid: channels whose memories at first last from 9 to 1100 tokens, spread evenly over all."""
+    """Spreads channels evenly, before the sigmoid, over initial memories of 9 to 1100 tokens."""
     return jnp.linspace(-6.5, -1.5, math.prod(shape), dtype=dtype).reshape(shape)

@@ -15,20 +15,20 @@ from layers.recurrences.state_space import Discretization
 
 
 class S5State(NamedTuple):
-    """What an S5 layer carries from one token to the next."""
+    """State of an S5 layer between two tokens."""
 
     h: jax.Array  # [b, n] complex64
 
 
 class S5(nn.Module):
-    """`s5`, and a gated linear unit to mix what it reads.
+    """`s5` followed by a gated linear unit, which mixes the channels.
 
     Attributes:
-      state_size: n of the paper; half as many are kept, each for itself and its conjugate.
-      num_blocks: copies of a smaller HiPPO-LegS spectrum with which the state starts.
-      bidirectional: y also depends on what comes later; then no state can be given.
-      min_step, max_step: time per token at the start, drawn log-uniformly between them.
-      init_std, out_init_std: standard deviations of the gate and the output projection at the start.
+      state_size: N of the paper; half as many states are kept, each with its implied conjugate.
+      num_blocks: copies of a smaller HiPPO-LegS spectrum that initialise the state.
+      bidirectional: y also depends on later tokens; no initial state can then be given.
+      min_step, max_step: bounds of the initial time per token, drawn log-uniformly.
+      init_std, out_init_std: initial standard deviations of the gate and the output projection.
     """
 
     state_size: int = 64
@@ -61,7 +61,7 @@ class S5(nn.Module):
         if self.bidirectional and initial_state is not None:
             raise ValueError("a bidirectional S5 reads whole sequences; give no initial_state, or set "
                              "bidirectional=False")
-        width, kept = x.shape[-1], self.state_size // 2
+        width, num_states = x.shape[-1], self.state_size // 2
         spectrum, basis = _spectrum(self.state_size, self.num_blocks)
 
         def parameter(name, init, axes, shape):
@@ -69,13 +69,13 @@ class S5(nn.Module):
 
         def read_weights(name):
             init = partial(_complex_normal, transform=lambda z: z @ basis, drawn=(width, self.state_size))
-            return jax.lax.complex(*parameter(name, init, (None, "embed", "state"), (2, width, kept)))
+            return jax.lax.complex(*parameter(name, init, (None, "embed", "state"), (2, width, num_states)))
 
-        log_rate = parameter("log_rate", lambda *_: jnp.log(-spectrum.real), ("state",), (kept,))
-        frequency = parameter("frequency", lambda *_: jnp.asarray(spectrum.imag), ("state",), (kept,))
-        log_step = parameter("log_step", self._log_step_init, ("state",), (kept,))
+        log_rate = parameter("log_rate", lambda *_: jnp.log(-spectrum.real), ("state",), (num_states,))
+        frequency = parameter("frequency", lambda *_: jnp.asarray(spectrum.imag), ("state",), (num_states,))
+        log_step = parameter("log_step", self._log_step_init, ("state",), (num_states,))
         b_init = partial(_complex_normal, transform=lambda z: basis.conj().T @ z, drawn=(self.state_size, width))
-        b = parameter("b", b_init, (None, "state", "embed"), (2, kept, width))
+        b = parameter("b", b_init, (None, "state", "embed"), (2, num_states, width))
         skip = parameter("skip", nn.initializers.normal(1.0), ("embed",), (width,))
         y, last = s5(
             x, jax.lax.complex(-jnp.exp(log_rate), frequency), jax.lax.complex(*b), read_weights("c"), skip,
@@ -96,7 +96,7 @@ class S5(nn.Module):
 
 
 def _spectrum(size: int, num_blocks: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of a block-diagonal HiPPO-LegS matrix: eigenvalues [n] above the real axis, eigenvectors [size, n]."""
+    """Returns the eigenvalues [n] above the real axis and eigenvectors [size, n] of block-diagonal HiPPO-LegS."""
     eigenvalues, vectors = hippo_legs(size // num_blocks)
     above = size // num_blocks // 2
     return (np.tile(eigenvalues[above:], num_blocks).astype(np.complex64),
@@ -104,6 +104,6 @@ def _spectrum(size: int, num_blocks: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _complex_normal(key, shape, dtype=jnp.float32, *, transform, drawn):
-    """A real matrix from N(0, 1 / columns) in the basis of the eigenvectors; real parts, then imaginary ones."""
+    """Draws a real matrix from N(0, 1 / columns); returns its parts in the basis of eigenvectors."""
     z = transform(jax.random.normal(key, drawn, dtype) * drawn[1] ** -0.5)
     return jnp.stack([jnp.real(z), jnp.imag(z)]).reshape(shape)

@@ -23,7 +23,8 @@ def test_rg_lru_is_that_of_the_official_vectors(case):
     data = golden_case("rec_rglru", case)
 
     def gate(x, name):
-        kernel, blocks = x[f"p__{name}__w"], x["x"].reshape(*x["x"].shape[:2], 4, 4)
+        kernel = x[f"p__{name}__w"]  # [blocks, width, width]
+        blocks = x["x"].reshape(*x["x"].shape[:2], *kernel.shape[:2])
         y = jnp.einsum("bthi,hij->bthj", blocks, kernel, precision="highest") + x[f"p__{name}__b"]
         return y.reshape(*x["x"].shape[:2], -1)
 
@@ -37,7 +38,10 @@ def test_rg_lru_is_that_of_the_official_vectors(case):
     assert_golden_case(run, data, f"x h0 {PARAMS}", "o ht")
 
 
-BLOCK = GriffinRecurrentBlock(inner_width=16, num_heads=4)
+def _block(data):
+    num_heads, block, _ = data["p__rg_lru__input_gate__w"].shape
+    return GriffinRecurrentBlock(
+        inner_width=num_heads * block, num_heads=num_heads, conv_taps=len(data["p__conv_1d__w"]))
 
 
 def _block_params(x):
@@ -61,7 +65,7 @@ def test_the_block_is_that_of_the_official_vectors(case):
         state = None
         if "h0" in x:
             state = GriffinState(x["conv0"], RGLRUState(x["h0"], jnp.ones(x["h0"].shape[0], bool)))
-        y, state = BLOCK.apply({"params": _block_params(x)}, x["x"], _segments(data), state)
+        y, state = _block(data).apply({"params": _block_params(x)}, x["x"], _segments(data), state)
         return y, state.rg_lru.h, state.conv
 
     names = " ".join(key for key in data if key.startswith("p__"))
@@ -69,13 +73,14 @@ def test_the_block_is_that_of_the_official_vectors(case):
 
 
 def test_the_state_of_a_block_is_carried_and_segments_and_padding_keep_apart():
-    x = {key: jnp.asarray(z) for key, z in golden_case("rec_griffin_block", "c0").items() if key.startswith("p__")}
-    params = _block_params(x)
+    data = golden_case("rec_griffin_block", "c0")
+    params = _block_params({key: jnp.asarray(z) for key, z in data.items() if key.startswith("p__")})
+    block, width = _block(data), data["x"].shape[2]
 
     def run(x, segment_ids, state):
-        return BLOCK.apply({"params": params}, x, segment_ids, state)
+        return block.apply({"params": params}, x, segment_ids, state)
 
-    assert_state_is_carried(run, Draw(0)(2, 2 * HALF, 12), BLOCK.empty_state(2, 12))
+    assert_state_is_carried(run, Draw(0)(2, 2 * HALF, width), block.empty_state(2, width))
 
 
 def test_a_complex_state_is_carried_and_segments_and_padding_keep_apart():

@@ -9,15 +9,18 @@ from layers import Mamba2
 from tests.support.assertions import GOLDEN_LAYER_LIMIT, assert_golden, golden
 
 DATA = golden("hnet_mamba2_layer")
-MODULE = Mamba2(state_size=16)
-INNER = 128
+WIDTH, INNER = DATA["param/out_proj.weight"].shape
+NUM_HEADS, HEAD_WIDTH, STATE_SIZE = DATA["ssm_state"].shape[1:]
+NUM_CHANNELS, _, TAPS = DATA["param/conv1d.weight"].shape  # of x, keys and queries
+MODULE = Mamba2(state_size=STATE_SIZE, head_width=HEAD_WIDTH, expand=INNER // WIDTH, conv_taps=TAPS,
+                num_groups=(NUM_CHANNELS - INNER) // (2 * STATE_SIZE))
 check = partial(assert_golden, limit=GOLDEN_LAYER_LIMIT)
 
 
 def _params(prefix="param/"):
     """The official tensors (or their gradients) under our names."""
     official = {key.removeprefix(prefix): z for key, z in DATA.items() if key.startswith(prefix)}
-    z, x, bc, dt = np.split(official["in_proj.weight"].T, [INNER, 2 * INNER, 2 * INNER + 32], axis=1)
+    z, x, bc, dt = np.split(official["in_proj.weight"].T, np.cumsum([INNER, INNER, NUM_CHANNELS - INNER]), axis=1)
     taps, bias = official["conv1d.weight"][:, 0].T, official["conv1d.bias"]
     return {
         "z_proj": {"kernel": z}, "x_proj": {"kernel": x}, "bc_proj": {"kernel": bc}, "dt_proj": {"kernel": dt},
@@ -71,7 +74,7 @@ def test_prefill_then_single_steps_match_the_official_decoding():
 
 
 def test_bfloat16_layer_keeps_its_state_in_float32():
-    module = Mamba2(state_size=16, dtype=jnp.bfloat16)
+    module = MODULE.clone(dtype=jnp.bfloat16)
     y, state = module.apply({"params": _params()}, jnp.asarray(DATA["x"], jnp.bfloat16))
     assert y.dtype == jnp.bfloat16 and state.ssm.dtype == jnp.float32
     check(y, DATA["y"], limit=0.03)
