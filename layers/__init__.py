@@ -1,14 +1,26 @@
 """Layers for hierarchical and chunked sequence models: functions on arrays, and thin linen modules."""
 from layers.arrays.choose import Choice, choose, choose_in_groups
 from layers.arrays.segments import last_real, segment_ordinals, segment_positions, segment_starts
-from layers.attention.attend import dot_product_attention, masked_attention
+from layers.attention.attend import attend, dot_product_attention, masked_attention
+from layers.attention.attended import Attended, merge
 from layers.attention.block_lists import BlockLists
 from layers.attention.block_sparse import (
     block_sparse_attention,
     merge_by_lse,
     sharded_block_sparse_attention,
 )
-from layers.attention.mask import MaskSpec, pack_row_select
+from layers.attention.mask import (
+    CAUSAL,
+    SAME_SEGMENT,
+    Bits,
+    Causal,
+    Mask,
+    SameSegment,
+    TokenInfo,
+    Window,
+    token_info,
+)
+from layers.attention.mask_spec import MaskSpec, pack_row_select
 from layers.attention.moba import moba_attention, selected_blocks_attention
 from layers.attention.native_sparse import native_sparse_attention
 from layers.attention.paged import paged_attention
@@ -68,21 +80,22 @@ from layers.recurrences.state_space import discretize, hippo_legs
 from layers.recurrences.ttt_linear import TTTState, ttt_linear
 
 __all__ = [
-    "GLA", "HGRN2", "MLSTM", "S5", "Attention", "BlockLists", "CausalDepthwiseConv", "Choice", "ChunkPlan",
-    "CosineRouter", "DeltaNetState", "GLAState", "GatedDeltaNet", "GivenRouter", "GriffinRecurrentBlock",
-    "GriffinState", "HGRN2State", "KVCache", "KVUpdate", "LinearAttentionState", "MLSTMMemory", "Mamba2",
-    "Mamba2State", "MaskSpec", "MinGRU", "MinGRUState", "NativeSparseAttention", "PoolState", "RGLRUState",
-    "RMSNorm", "RWKV7State", "RWKV7TimeMix", "RouterHints", "RouterState", "S5State", "SlotState",
-    "SpaceRouter", "SparseAttention", "StrideRouter", "SwiGLU", "TTTState", "assign_chunks",
-    "big_bird_attention", "block_sparse_attention", "boundary_probability", "cached_attention",
-    "causal_depthwise_conv", "choose", "choose_in_groups", "chunk", "chunk_pooled", "dechunk",
-    "diagonal_recurrence", "dilated_attention", "discretize", "document_attention", "dot_product_attention",
-    "dplr_recurrence", "gated_delta_product", "gated_delta_rule", "gated_linear_attention",
-    "gated_slot_attention", "hgrn", "hippo_legs", "is_spacelike", "last_real", "linear_attention",
-    "log_linear_attention", "masked_attention", "merge_by_lse", "min_gru", "mlstm", "moba_attention",
-    "native_sparse_attention", "pack_row_select", "pack_rows", "pack_segments", "paged_attention", "ratio_loss",
-    "retention", "retention_log_decay", "rg_lru", "rms_norm", "rotary", "rwkv6_recurrence", "s4d", "s4d_kernel",
-    "s5", "segment_ordinals", "segment_positions", "segment_starts", "selected_blocks_attention",
-    "sharded_block_sparse_attention", "sliding_window_attention", "smooth", "ssd_scan", "straight_through",
-    "ttt_linear",
+    "CAUSAL", "GLA", "HGRN2", "MLSTM", "S5", "SAME_SEGMENT", "Attended", "Attention", "Bits",
+    "BlockLists", "Causal", "CausalDepthwiseConv", "Choice", "ChunkPlan", "CosineRouter",
+    "DeltaNetState", "GLAState", "GatedDeltaNet", "GivenRouter", "GriffinRecurrentBlock", "GriffinState",
+    "HGRN2State", "KVCache", "KVUpdate", "LinearAttentionState", "MLSTMMemory", "Mamba2", "Mamba2State",
+    "Mask", "MaskSpec", "MinGRU", "MinGRUState", "NativeSparseAttention", "PoolState", "RGLRUState",
+    "RMSNorm", "RWKV7State", "RWKV7TimeMix", "RouterHints", "RouterState", "S5State", "SameSegment",
+    "SlotState", "SpaceRouter", "SparseAttention", "StrideRouter", "SwiGLU", "TTTState", "TokenInfo",
+    "Window", "assign_chunks", "attend", "big_bird_attention", "block_sparse_attention",
+    "boundary_probability", "cached_attention", "causal_depthwise_conv", "choose", "choose_in_groups",
+    "chunk", "chunk_pooled", "dechunk", "diagonal_recurrence", "dilated_attention", "discretize",
+    "document_attention", "dot_product_attention", "dplr_recurrence", "gated_delta_product",
+    "gated_delta_rule", "gated_linear_attention", "gated_slot_attention", "hgrn", "hippo_legs",
+    "is_spacelike", "last_real", "linear_attention", "log_linear_attention", "masked_attention", "merge",
+    "merge_by_lse", "min_gru", "mlstm", "moba_attention", "native_sparse_attention", "pack_row_select",
+    "pack_rows", "pack_segments", "paged_attention", "ratio_loss", "retention", "retention_log_decay",
+    "rg_lru", "rms_norm", "rotary", "rwkv6_recurrence", "s4d", "s4d_kernel", "s5", "segment_ordinals",
+    "segment_positions", "segment_starts", "selected_blocks_attention", "sharded_block_sparse_attention",
+    "sliding_window_attention", "smooth", "ssd_scan", "straight_through", "token_info", "ttt_linear",
 ]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from layers.array_types import Array, Bool, Float, typed
-from layers.attention.mask import MaskSpec, block_bounds, some_and_all, token_rows
+from layers.attention.mask_spec import MaskSpec, block_bounds, some_and_all, token_rows
 
 
 @partial(

@@ -1,201 +1,236 @@
-"""What a query may see among the keys of its blocks, and how scores become weights."""
+"""Masks: static values that say which pairs of tokens may attend, and compose with & and |.
+
+  mask = Causal() & SameSegment() & (Window(64) | Bits())
+
+A mask holds no arrays. Positions, segments and bits of the tokens travel beside it as `TokenInfo`, so that one
+compiled program serves all of them. Padding, which is segment 0, sees nobody and is seen by nobody under any mask.
+"No window" is the absence of `Window`.
+
+A mask of your own is a frozen dataclass over `Mask` with one method, `allowed`; a second, `bounds`, lets
+block-sparse attention skip the blocks in which it allows no pair:
+
+  @dataclasses.dataclass(frozen=True)
+  class Dilated(Mask):
+      step: int
+
+      def allowed(self, q, kv):
+          return (q.position - kv.position) % self.step == 0
+"""
 import dataclasses
-from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from layers.array_types import Array, Bool, Float, Int, typed
+from layers.array_types import Array
 
-SELECT_BITS = 32  # key blocks per word of `row_select`
+if TYPE_CHECKING:
+    from layers.attention.bounds import BlockBounds
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    meta_fields=["causal", "window", "softcap", "scale"],
-    data_fields=["offset", "positions", "kv_positions", "segment_ids", "kv_segment_ids", "row_select", "sinks"],
-)
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MaskSpec:
-    """A query sees a key if all of these allow it, and the block lists name the block of the key.
+class TokenInfo(NamedTuple):
+    """Integers that a mask reads, one per token: [r, p, t], where r = b or 1, and p = 1 or n, of key heads.
 
     Attributes:
-      causal: only keys at the query's position or before it.
-      window: only keys at most `window` positions away: i - window .. i where causal, window + 1 of them.
-      softcap: scores x become softcap * tanh(x / softcap).
-      scale: factor of q . k; None means 1 / sqrt(width).
-      offset: query i is at position i + offset, an int or [b]; key j at position j.
-      positions, kv_positions: [b, t] and [b, s] int32, instead of those. None for the keys: those of the
-        queries, if given.
-      segment_ids, kv_segment_ids: [b, t] and [b, s] int32, only keys of the query's segment; 0 is padding, which
-        neither sees nor is seen. None for the keys: those of the queries.
-      row_select: [b, m, ceil(s / block_k / 32), t] int32, for each query a bit per key block that it may see,
-        from `pack_row_select`; the same m as the lists, or 1.
-      sinks: [h] float, per query head the logit of a key that has no value.
+      position: place in the row, or whatever distances are measured in.
+      segment: 0 is padding.
+      bits: 32 flags per token; only `Bits` reads them.
     """
 
-    causal: bool = True
-    window: int | None = None
-    softcap: float | None = None
-    scale: float | None = None
-    offset: int | jax.Array = 0
-    positions: jax.Array | None = None
-    kv_positions: jax.Array | None = None
-    segment_ids: jax.Array | None = None
-    kv_segment_ids: jax.Array | None = None
-    row_select: jax.Array | None = None
-    sinks: jax.Array | None = None
-
-    def check(self) -> None:
-        """Raises ValueError for a number that no mask has."""
-        if self.window is not None and self.window < 0:
-            raise ValueError(f"window {self.window} must be None (unlimited) or how far from a query keys may be")
-        if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"softcap {self.softcap} must be None or above 0")
-
-    def is_static(self) -> bool:
-        """Whether the mask depends on positions known before the program runs, and on nothing else."""
-        arrays = (self.positions, self.kv_positions, self.segment_ids, self.kv_segment_ids)
-        return isinstance(self.offset, int) and all(array is None for array in arrays)
+    position: Array
+    segment: Array
+    bits: Array | None = None
 
 
-class TokenRows(NamedTuple):
-    """Position and segment of every query and every key, of one batch row or of all."""
+def token_info(
+    length: int, *, positions: Array | None = None, segment_ids: Array | None = None, bits: Array | None = None
+) -> TokenInfo:
+    """Makes the TokenInfo of `length` tokens from arrays [b, t] (or [r, p, t]), and from defaults.
 
-    of_queries: jax.Array  # [b or 1, 2, t] int32
-    of_keys: jax.Array     # [b or 1, 2, s] int32
-
-
-def token_rows(spec: MaskSpec, num_queries: int, num_keys: int) -> TokenRows:
-    """Spells out what `spec` leaves to its defaults.
-
-    Raises:
-      ValueError: an array has another length than the queries or keys it describes.
+    Args:
+      positions: None counts 0, 1, 2, ...
+      segment_ids: None puts all tokens into one segment.
+      bits: None leaves them out.
     """
-    def given(name: str, array: jax.Array | None, length: int) -> jax.Array | None:
-        if array is not None and (array.ndim != 2 or array.shape[1] != length):
-            raise ValueError(f"mask.{name} has shape {list(array.shape)}; [b, {length}] fits")
-        return array
+    def with_heads(x: Array) -> Array:
+        return x if x.ndim == 3 else x[:, None]
 
-    def of_both(name: str) -> tuple[jax.Array | None, jax.Array | None]:
-        queries, keys = getattr(spec, name), getattr(spec, f"kv_{name}")
-        if keys is None and queries is not None and num_queries != num_keys:
-            raise ValueError(f"mask.{name} is given for {num_queries} queries; give mask.kv_{name} for the "
-                             f"{num_keys} keys too")
-        keys = queries if keys is None else keys
-        return given(name, queries, num_queries), given(f"kv_{name}", keys, num_keys)
-
-    q_positions, kv_positions = of_both("positions")
-    if q_positions is None:
-        q_positions = jnp.arange(num_queries) + jnp.reshape(jnp.asarray(spec.offset), (-1, 1))
-    if kv_positions is None:
-        kv_positions = jnp.arange(num_keys)[None]
-    q_segments, kv_segments = of_both("segment_ids")
-    if (q_segments is None) != (kv_segments is None):
-        raise ValueError("mask.kv_segment_ids is given without mask.segment_ids; give both")
-    q_segments = jnp.ones((1, num_queries), jnp.int32) if q_segments is None else q_segments
-    kv_segments = jnp.ones((1, num_keys), jnp.int32) if kv_segments is None else kv_segments
-
-    def rows(positions: jax.Array, segments: jax.Array) -> jax.Array:
-        shape = jnp.broadcast_shapes(positions.shape, segments.shape)
-        both = [jnp.broadcast_to(each, shape).astype(jnp.int32) for each in (positions, segments)]
-        return jnp.stack(both, axis=1)
-
-    return TokenRows(rows(q_positions, q_segments), rows(kv_positions, kv_segments))
+    # Defaults are numpy's: they stay known while a program is traced, so that lists of blocks can be exact.
+    positions = np.arange(length, dtype=np.int32)[None] if positions is None else positions
+    segment_ids = np.ones((1, length), np.int32) if segment_ids is None else segment_ids
+    return TokenInfo(with_heads(positions), with_heads(segment_ids), None if bits is None else with_heads(bits))
 
 
-def may_attend(
-    q_position: jax.Array, q_segment: jax.Array, kv_position: jax.Array, kv_segment: jax.Array,
-    *, causal: bool, window: int | None,
-) -> jax.Array:
-    """The predicate on integers, broadcast against each other, that every implementation evaluates."""
-    allowed = (q_segment == kv_segment) & (q_segment != 0)
-    distance = q_position - kv_position
-    if causal:
-        allowed &= distance >= 0
-    if window is not None:
-        allowed &= distance <= window
-        if not causal:
-            allowed &= distance >= -window
-    return allowed
+class Mask:
+    """A predicate on a query and a key."""
+
+    # Whether all allowed pairs are of one segment; it saves a look at the segments of keys.
+    keeps_segments = False
+
+    def allowed(self, q: TokenInfo, kv: TokenInfo) -> jax.Array:
+        """Tells whether a query may see a key; arrays broadcast. Padding is left to `may_attend`."""
+        raise NotImplementedError(f"{type(self).__name__} must define allowed(q, kv)")
+
+    def bounds(self, q: "BlockBounds", kv: "BlockBounds") -> tuple[jax.Array, jax.Array]:
+        """Whether some query of a block may see some key of another, and whether all may see all.
+
+        The first may be True where no pair is allowed, the second False where all are. Both may ignore padding.
+        """
+        shape = jnp.broadcast_shapes(q.has_padding.shape, kv.has_padding.shape)
+        return jnp.ones(shape, bool), jnp.zeros(shape, bool)
+
+    def leaves(self) -> tuple["Mask", ...]:
+        """The masks that this one is made of."""
+        return (self,)
+
+    def __and__(self, other: "Mask") -> "Mask":
+        return And(_members(self, And) + _members(other, And))
+
+    def __or__(self, other: "Mask") -> "Mask":
+        return Or(_members(self, Or) + _members(other, Or))
 
 
-class BlockBounds(NamedTuple):
-    """What is known of the tokens in a block without looking at each: [b, blocks], int32 and one bool."""
+@dataclasses.dataclass(frozen=True)
+class Causal(Mask):
+    """Keys at the query's position or before it."""
 
-    first_position: jax.Array
-    last_position: jax.Array
-    first_segment: jax.Array
-    last_segment: jax.Array
-    has_padding: jax.Array
+    def allowed(self, q: TokenInfo, kv: TokenInfo) -> jax.Array:
+        return q.position - kv.position >= 0
 
-
-def block_bounds(rows: jax.Array, block: int) -> BlockBounds:
-    """[b, 2, t] -> bounds over tokens that are no padding; a block of padding has empty ranges, first > last."""
-    rows = pad_tokens(rows, block, axis=2)
-    blocks = rows.reshape(*rows.shape[:2], -1, block)
-    position, segment = blocks[:, 0], blocks[:, 1]
-    largest = jnp.iinfo(jnp.int32).max
-    is_real = segment != 0
-
-    def range_of(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        lowest, highest = jnp.where(is_real, x, largest), jnp.where(is_real, x, -largest)
-        return jnp.min(lowest, axis=-1), jnp.max(highest, axis=-1)
-
-    return BlockBounds(*range_of(position), *range_of(segment), ~jnp.all(is_real, axis=-1))
+    def bounds(self, q: "BlockBounds", kv: "BlockBounds") -> tuple[jax.Array, jax.Array]:
+        return q.last_position - kv.first_position >= 0, q.first_position - kv.last_position >= 0
 
 
-def pad_tokens(x: jax.Array, block: int, *, axis: int) -> jax.Array:
-    """Appends zeros, which are padding as segments are, up to whole blocks."""
-    missing = -x.shape[axis] % block
-    return x if missing == 0 else jnp.pad(x, [(0, missing if at == axis else 0) for at in range(x.ndim)])
+@dataclasses.dataclass(frozen=True)
+class Window(Mask):
+    """Keys at most `size` positions from the query, on either side; with `Causal`, it and `size` before it."""
+
+    size: int
+
+    def __post_init__(self) -> None:
+        if self.size < 0:
+            raise ValueError(f"window {self.size} must be at least 0; leave Window out to see all distances")
+
+    def allowed(self, q: TokenInfo, kv: TokenInfo) -> jax.Array:
+        return self.allowed_before(q, kv) & (q.position - kv.position >= -self.size)
+
+    def allowed_before(self, q: TokenInfo, kv: TokenInfo) -> jax.Array:
+        """`allowed`, of keys that are not after the query."""
+        return q.position - kv.position <= self.size
+
+    def bounds(self, q: "BlockBounds", kv: "BlockBounds") -> tuple[jax.Array, jax.Array]:
+        lowest, highest = q.first_position - kv.last_position, q.last_position - kv.first_position
+        return ((lowest <= self.size) & (highest >= -self.size), (highest <= self.size) & (lowest >= -self.size))
 
 
-def some_and_all(spec: MaskSpec, q: BlockBounds, kv: BlockBounds) -> tuple[jax.Array, jax.Array]:
-    """Whether some query of a block may see some key of another, and whether all may see all.
+@dataclasses.dataclass(frozen=True)
+class SameSegment(Mask):
+    """Keys of the query's own segment."""
 
-    The first may be True where no pair is allowed, the second False where all are: bounds tell no more.
-    """
-    some = (q.first_segment <= kv.last_segment) & (kv.first_segment <= q.last_segment)
-    one_segment = (q.first_segment == q.last_segment) & (kv.first_segment == kv.last_segment)
-    everything = some & one_segment & ~q.has_padding & ~kv.has_padding
-    is_padding = (q.first_segment > q.last_segment) | (kv.first_segment > kv.last_segment)
-    # Ranges of padding alone are empty: of no use in a difference, which would overflow.
-    q, kv = (jax.tree.map(lambda x: jnp.where(is_padding, jnp.zeros((), x.dtype), x), each) for each in (q, kv))
-    nearest, farthest = q.first_position - kv.last_position, q.last_position - kv.first_position
-    if spec.causal:
-        some, everything = some & (farthest >= 0), everything & (nearest >= 0)
-    if spec.window is not None:
-        some, everything = some & (nearest <= spec.window), everything & (farthest <= spec.window)
-        if not spec.causal:
-            some, everything = some & (farthest >= -spec.window), everything & (nearest >= -spec.window)
-    if spec.row_select is not None:
-        everything = jnp.zeros_like(everything)
-    return some & ~is_padding, everything
+    keeps_segments = True
+
+    def allowed(self, q: TokenInfo, kv: TokenInfo) -> jax.Array:
+        return q.segment == kv.segment
+
+    def bounds(self, q: "BlockBounds", kv: "BlockBounds") -> tuple[jax.Array, jax.Array]:
+        some = (q.first_segment <= kv.last_segment) & (kv.first_segment <= q.last_segment)
+        one_each = (q.first_segment == q.last_segment) & (kv.first_segment == kv.last_segment)
+        return some, some & one_each
 
 
-@typed
-def pack_row_select(selected: Bool[Array, "b m t j"]) -> Int[Array, "b m w t"]:
-    """Packs, for each query, which of the j key blocks it may see, into words of 32 bits: `row_select`."""
-    num_words = -(-selected.shape[-1] // SELECT_BITS)
-    padding = num_words * SELECT_BITS - selected.shape[-1]
-    bits = jnp.pad(selected, ((0, 0), (0, 0), (0, 0), (0, padding)))
-    bits = bits.reshape(*bits.shape[:-1], num_words, SELECT_BITS).astype(jnp.uint32)
-    words = jnp.sum(bits << jnp.arange(SELECT_BITS, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
-    return jax.lax.bitcast_convert_type(words, jnp.int32).swapaxes(-1, -2)
+@dataclasses.dataclass(frozen=True)
+class Bits(Mask):
+    """Keys that have a bit in common with the query: global tokens, sinks, edges of a graph."""
+
+    def allowed(self, q: TokenInfo, kv: TokenInfo) -> jax.Array:
+        return (q.bits & kv.bits) != 0
+
+    def bounds(self, q: "BlockBounds", kv: "BlockBounds") -> tuple[jax.Array, jax.Array]:
+        return (q.any_bits & kv.any_bits) != 0, (q.common_bits & kv.common_bits) != 0
 
 
-def is_selected(words: jax.Array, block: jax.Array) -> jax.Array:
-    """Bit `block` mod 32 of each word, as bool; the words are those that hold the block."""
-    return ((words >> (block & (SELECT_BITS - 1))) & 1) == 1
+@dataclasses.dataclass(frozen=True)
+class _Joined(Mask):
+    masks: tuple[Mask, ...]
+
+    def leaves(self) -> tuple[Mask, ...]:
+        return tuple(leaf for mask in self.masks for leaf in mask.leaves())
 
 
-@typed
-def add_sinks(
-    o: Float[Array, "b t h v"], lse: Float[Array, "b h t"], sinks: Float[Array, "h"]
-) -> tuple[Float[Array, "b t h v"], Float[Array, "b h t"]]:
-    """Attention as if each query saw one more key, of logit `sinks` and value 0 (arXiv 2309.17453, learned)."""
-    sinks = sinks.astype(jnp.float32)[:, None]
-    kept = jax.nn.sigmoid(lse - sinks)  # 0 where a query sees nothing, which then sees the sink alone
-    return (o * kept.swapaxes(1, 2)[..., None]).astype(o.dtype), jnp.logaddexp(lse, sinks)
+@dataclasses.dataclass(frozen=True)
+class And(_Joined):
+    """Keys that all of the masks allow; made by `&`."""
+
+    @property
+    def keeps_segments(self) -> bool:
+        return any(mask.keeps_segments for mask in self.masks)
+
+    def allowed(self, q: TokenInfo, kv: TokenInfo) -> jax.Array:
+        is_causal = Causal() in self.masks  # a window then has one side only, which spares kernels a comparison
+        return _reduce(jnp.logical_and, (
+            mask.allowed_before(q, kv) if is_causal and isinstance(mask, Window) else mask.allowed(q, kv)
+            for mask in self.masks))
+
+    def bounds(self, q: "BlockBounds", kv: "BlockBounds") -> tuple[jax.Array, jax.Array]:
+        some, everything = zip(*(mask.bounds(q, kv) for mask in self.masks), strict=True)
+        return _reduce(jnp.logical_and, some), _reduce(jnp.logical_and, everything)
+
+
+@dataclasses.dataclass(frozen=True)
+class Or(_Joined):
+    """Keys that any of the masks allows; made by `|`."""
+
+    @property
+    def keeps_segments(self) -> bool:
+        return all(mask.keeps_segments for mask in self.masks)
+
+    def allowed(self, q: TokenInfo, kv: TokenInfo) -> jax.Array:
+        return _reduce(jnp.logical_or, (mask.allowed(q, kv) for mask in self.masks))
+
+    def bounds(self, q: "BlockBounds", kv: "BlockBounds") -> tuple[jax.Array, jax.Array]:
+        some, everything = zip(*(mask.bounds(q, kv) for mask in self.masks), strict=True)
+        return _reduce(jnp.logical_or, some), _reduce(jnp.logical_or, everything)
+
+
+CAUSAL, SAME_SEGMENT = Causal(), SameSegment()
+
+
+def may_attend(mask: Mask, q: TokenInfo, kv: TokenInfo) -> jax.Array:
+    """The predicate that every implementation evaluates: what the mask allows, without padding."""
+    is_real = q.segment != 0
+    if not mask.keeps_segments:
+        is_real &= kv.segment != 0
+    return mask.allowed(q, kv) & is_real
+
+
+def pairs(mask: Mask, q: TokenInfo, kv: TokenInfo) -> jax.Array:
+    """[r, p, t, s] bool: `may_attend` of all queries and all keys."""
+    queries = jax.tree.map(lambda x: jnp.asarray(x)[:, :, :, None], q)
+    keys = jax.tree.map(lambda x: jnp.asarray(x)[:, :, None, :], kv)
+    return may_attend(mask, queries, keys)
+
+
+def check_tokens(
+    mask: Mask, name: str, tokens: TokenInfo, *, batch: int, num_key_heads: int, length: int
+) -> None:
+    """Raises ValueError for arrays of the wrong shape, and for bits that `mask` reads and that are not there."""
+    for field, array in zip(tokens._fields, tokens, strict=True):
+        if array is None:
+            if any(isinstance(leaf, Bits) for leaf in mask.leaves()):
+                raise ValueError(f"the mask has Bits, and {name}.bits is None; give a word of 32 bits per token")
+        elif array.ndim != 3 or array.shape[0] not in (1, batch) or array.shape[1] not in (1, num_key_heads) or (
+                array.shape[2] != length):
+            raise ValueError(f"{name}.{field} has shape {list(array.shape)}; [{batch}, {num_key_heads}, {length}] "
+                             "fits, or 1 in place of the first two")
+
+
+def _members(mask: Mask, kind: type[_Joined]) -> tuple[Mask, ...]:
+    return mask.masks if isinstance(mask, kind) else (mask,)
+
+
+def _reduce(join, terms) -> jax.Array:
+    first, *others = terms
+    for term in others:
+        first = join(first, term)
+    return first

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from layers.array_types import Array, Bool, Float, typed
 from layers.attention.block_lists import BlockLists
 from layers.attention.block_sparse import block_sparse_attention
-from layers.attention.mask import MaskSpec, pack_row_select
+from layers.attention.mask_spec import MaskSpec, pack_row_select
 from layers.attention.patterns import Segments
 
 

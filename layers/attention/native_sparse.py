@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from layers.array_types import Array, Float, typed
 from layers.attention.block_lists import BlockLists
 from layers.attention.block_sparse import block_sparse_attention
-from layers.attention.mask import MaskSpec
+from layers.attention.mask_spec import MaskSpec
 from layers.attention.moba import best, selected_blocks_attention
 from layers.attention.patterns import sliding_window_attention
 

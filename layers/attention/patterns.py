@@ -12,7 +12,7 @@ import numpy as np
 from layers.array_types import Array, Float, Int, typed
 from layers.attention.block_lists import BlockLists
 from layers.attention.block_sparse import block_sparse_attention
-from layers.attention.mask import MaskSpec
+from layers.attention.mask_spec import MaskSpec
 
 Segments = Int[Array, "b t"] | None
 

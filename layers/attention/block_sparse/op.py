@@ -13,7 +13,7 @@ from layers.attention.block_lists import BlockLists
 from layers.attention.block_sparse import xla
 from layers.attention.block_sparse.reference import attention_reference
 from layers.attention.block_sparse.tiles import Settings, Sizes, Tiles, make_tiles
-from layers.attention.mask import SELECT_BITS, MaskSpec, add_sinks, pad_tokens
+from layers.attention.mask_spec import SELECT_BITS, MaskSpec, add_sinks, pad_tokens
 
 BlockSparseImplementation = Literal["auto", "reference", "xla", "pallas_tpu", "pallas_gpu"]
 CAUSAL = MaskSpec()

@@ -25,7 +25,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from layers.attention.block_sparse.tiles import ALL, NOTHING, Settings, Sizes, Tiles, transpose
-from layers.attention.mask import SELECT_BITS, is_selected, may_attend
+from layers.attention.mask_spec import SELECT_BITS, is_selected, may_attend
 
 try:
     from jax.experimental.pallas import mosaic_gpu as plgpu

@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from layers.attention.block_sparse.tiles import ALL, NOTHING, SOME, Settings, Sizes, Tiles
-from layers.attention.mask import SELECT_BITS, is_selected, may_attend
+from layers.attention.mask_spec import SELECT_BITS, is_selected, may_attend
 
 BLOCK_BITS = 14                       # of a block's number in an entry
 SCALAR_MEMORY_BYTES = 900 * 2**10     # for work lists, of 1 MiB on v5e and v5p

@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.attention.block_lists import BlockLists
-from layers.attention.mask import SELECT_BITS, MaskSpec, is_selected, may_attend, token_rows
+from layers.attention.mask_spec import SELECT_BITS, MaskSpec, is_selected, may_attend, token_rows
 
 
 def attention_reference(

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.attention.block_lists import BlockLists
-from layers.attention.mask import MaskSpec, block_bounds, pad_tokens, some_and_all, token_rows
+from layers.attention.mask_spec import MaskSpec, block_bounds, pad_tokens, some_and_all, token_rows
 
 NOTHING, SOME, ALL = 0, 1, 2  # kinds of tiles: pairs that may attend
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.attention.block_sparse.tiles import NOTHING, Settings, Tiles, transpose
-from layers.attention.mask import SELECT_BITS, is_selected, may_attend
+from layers.attention.mask_spec import SELECT_BITS, is_selected, may_attend
 
 TOKENS_PER_TURN = 512  # more make larger matmuls, and more work past the end of a list
 

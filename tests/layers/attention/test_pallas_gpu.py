@@ -11,7 +11,7 @@ from layers.attention.block_lists import BlockLists
 from layers.attention.block_sparse import pallas_gpu
 from layers.attention.block_sparse.reference import attention_reference
 from layers.attention.block_sparse.tiles import Settings, Sizes, make_tiles
-from layers.attention.mask import MaskSpec, pack_row_select
+from layers.attention.mask_spec import MaskSpec, pack_row_select
 from tests.support.assertions import assert_matches
 
 plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")

@@ -1,0 +1,116 @@
+"""Dense attention: all scores, a mask, a softmax. The reference is the specification of every implementation."""
+import importlib
+from types import ModuleType
+
+import jax
+import jax.numpy as jnp
+
+from layers.array_types import Array, Bool, Float, typed
+from layers.arrays.exact import exact_einsum
+from layers.attention.attended import Attended
+from layers.attention.softcap import softcap
+
+KeyBias = Float[Array, "b n s"] | None
+
+
+@typed
+def attend_reference(
+    q: Float[Array, "b t h k"], k: Float[Array, "b s n k"], v: Float[Array, "b s n v"],
+    allowed: Bool[Array, "r p t s"], *, key_bias: KeyBias = None, scale: float, cap: float | None = None,
+) -> Attended:
+    """Computes softmax(softcap(scale q k^T) + key_bias) v over allowed pairs, in float32; p = 1, n or h."""
+    dtype, num_groups = v.dtype, q.shape[2] // k.shape[2]
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    k, v = (jnp.repeat(x, num_groups, axis=2) for x in (k, v))
+    scores, _ = softcap(scale * exact_einsum("bthk,bshk->bhts", q, k), cap)
+    if key_bias is not None:
+        scores += jnp.repeat(key_bias.astype(jnp.float32), num_groups, axis=1)[:, :, None]
+    weights, lse = _softmax(scores, jnp.repeat(allowed, q.shape[2] // allowed.shape[1], axis=1))
+    return Attended(exact_einsum("bhts,bshv->bthv", weights, v).astype(dtype), lse)
+
+
+@typed
+def attend_dense(
+    q: Float[Array, "b t h k"], k: Float[Array, "b s n k"], v: Float[Array, "b s n v"],
+    allowed: Bool[Array, "r p t s"], *, key_bias: KeyBias = None, scale: float | None = None,
+    cap: float | None = None, reads_lse: bool = False, implementation: str = "xla",
+) -> Attended:
+    """Runs attention over allowed pairs with matmuls in the input dtype and the softmax in float32.
+
+    Args:
+      allowed: p = 1 or n, of key heads.
+      reads_lse: whether the lse will be read, so that it is worth having both results from one pass over the keys.
+    """
+    lacks = lacking(implementation, key_bias is not None, cap is not None, q.shape[-1] != v.shape[-1])
+    if lacks is not None:
+        raise NotImplementedError(f'implementation="{implementation}": {lacks}')
+    if implementation == "xla" and (
+            reads_lse or key_bias is not None or cap is not None or q.shape[-1] != v.shape[-1]):
+        return _attend_xla(q, k, v, allowed, key_bias, scale, cap)
+    mask = allowed if allowed.shape[1] == 1 else jnp.repeat(allowed, q.shape[2] // allowed.shape[1], axis=1)
+    if implementation == "tokamax":
+        o = _tokamax().dot_product_attention(q, k, v, mask=mask, **({} if scale is None else {"scale": scale}))
+    else:
+        o = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation=implementation)
+    o = jnp.where(jnp.any(mask, axis=-1).swapaxes(1, 2)[..., None], o, 0)
+    # Where nobody reads it, the compiler leaves this out.
+    _, lse = _softmax(_scores_as_jax_nn(q, k) * _scale(q, scale), allowed[:, :, None])
+    return Attended(o, lse.reshape(q.shape[0], q.shape[2], q.shape[1]))
+
+
+def lacking(implementation: str, has_key_bias: bool, has_cap: bool, widths_differ: bool) -> str | None:
+    """Says why a dense implementation cannot run a call; None if it can."""
+    if implementation not in ("cudnn", "tokamax"):
+        return None
+    cases = {"a key_bias": has_key_bias, "a softcap": has_cap, "values as wide as no key": widths_differ}
+    missing = [case for case, is_there in cases.items() if is_there]
+    return f'{" and ".join(missing)} is not passed on to it; "xla" has it' if missing else None
+
+
+def _attend_xla(q, k, v, allowed, key_bias, scale, cap) -> Attended:
+    queries = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
+    scores = jnp.einsum("btngk,bsnk->bngts", queries, k, preferred_element_type=jnp.float32)
+    scores, _ = softcap(scores * _scale(q, scale), cap)
+    if key_bias is not None:
+        scores += key_bias.astype(jnp.float32)[:, :, None, None]
+    weights, lse = _softmax(scores, allowed[:, :, None])
+    o = jnp.einsum("bngts,bsnv->btngv", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return Attended(o.reshape(*q.shape[:3], -1).astype(v.dtype), lse.reshape(q.shape[0], q.shape[2], q.shape[1]))
+
+
+def _scores_as_jax_nn(q: jax.Array, k: jax.Array) -> jax.Array:
+    """q . k, [b, n, g, t, s] float32, by the matmul of jax.nn: XLA computes it once where both are used."""
+    precision = jax.lax.DotAlgorithmPreset.BF16_BF16_F32 if q.dtype == jnp.bfloat16 else None
+    queries = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
+
+    def scores(queries):
+        return jnp.einsum("btnk,bsnk->bnts", queries, k, precision=precision, preferred_element_type=jnp.float32)
+
+    return jax.vmap(scores, in_axes=3, out_axes=2)(queries)
+
+
+def _scale(q: jax.Array, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _softmax(scores: jax.Array, allowed: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The softmax over allowed keys and its log-sum-exp, with finite gradients where there are none."""
+    allowed = jnp.broadcast_to(allowed, scores.shape)
+    sees_any = jnp.any(allowed, axis=-1)
+    # Finite first, then no weight: -inf - -inf would be NaN in the gradient.
+    highest = jnp.max(jnp.where(allowed, scores, jnp.finfo(jnp.float32).min), axis=-1)
+    highest = jax.lax.stop_gradient(highest)
+    weights = jnp.where(allowed, jnp.exp(jnp.where(allowed, scores - highest[..., None], 0)), 0)
+    total = jnp.where(sees_any, jnp.sum(weights, axis=-1), 1)
+    return weights / total[..., None], jnp.where(sees_any, highest + jnp.log(total), -jnp.inf)
+
+
+def _tokamax() -> ModuleType:
+    try:
+        flags = importlib.import_module("absl.flags").FLAGS
+        if not flags.is_parsed():  # tokamax would read the command line for flags of its own, and refuse others
+            flags.mark_as_parsed()
+        return importlib.import_module("tokamax")
+    except ImportError as error:
+        raise NotImplementedError(
+            f'implementation="tokamax" needs that package ({error}); pip install tokamax, or use "xla"') from error
