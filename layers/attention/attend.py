@@ -40,8 +40,8 @@ def attend(
       o, lse = attend(q, k, v, mask=CAUSAL & SAME_SEGMENT & Window(256), q_tokens=token_info(t, segment_ids=ids))
 
     "Attention Is All You Need" (arXiv 1706.03762), eq. 1. The softmax is in float32; both results have gradients.
-    A query that sees nothing gives o = 0, lse = -inf and no gradient. Padding, which is segment 0, neither sees nor
-    is seen, and its queries, keys and values may hold anything, NaN too.
+    A query that sees nothing gives o = 0, lse = -inf and no gradient. Padding, which is segment 0, neither sees
+    nor is seen, and its queries, keys and values may hold anything, NaN too.
 
     Args:
       q: h query heads; each of the n key heads serves h / n consecutive ones.
