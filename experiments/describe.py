@@ -21,7 +21,7 @@ from experiments.analysis.flops import model_flops_per_byte
 from experiments.config import RunConfig
 from experiments.config.files import load_config, split_overrides
 from experiments.errors import UsageError, run_command
-from experiments.pages.text_table import aligned
+from experiments.pages.tables import aligned
 from experiments.training.mesh import batch_sharding, make_mesh, use_mesh
 from experiments.training.step import TrainState, compile_program
 from hnet import init_decode_state

@@ -18,8 +18,8 @@ from experiments.analysis.chunk_statistics import bits_per_byte, place_table, st
 from experiments.analysis.perturbations import effect_table, effects, perturb
 from experiments.config.files import split_overrides
 from experiments.errors import UsageError, run_command
-from experiments.pages.chunk_terminal import chunks_in_terminal, table_in_terminal
-from experiments.pages.inspect_page import NO_STAGES, PLACES_LEGEND, Inspection, effects_legend, render_inspection
+from experiments.pages.inspect import NO_STAGES, PLACES_LEGEND, Inspection, effects_legend, render_inspection
+from experiments.pages.terminal import open_console, print_chunks, table_in_terminal
 from experiments.runs.saved_run import Run, open_run
 
 PERTURBED_BYTES = 20_000  # of the text, as there are eight changes of it to read
@@ -86,8 +86,7 @@ def _print(inspection: Inspection, num_shown: int) -> None:
     print(f"step {inspection.step}, {chunked.title}: {len(chunked.text):,} bytes, "
           f"{bits_per_byte(chunked):.3f} bits per byte\n")
     if chunked.stages:
-        is_coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-        print(chunks_in_terminal(chunked, num_shown=num_shown, is_coloured=is_coloured))
+        print_chunks(chunked, open_console(), num_shown=num_shown)
         print(table_in_terminal(inspection.stages))
     else:
         print(f"{NO_STAGES}\n")

@@ -11,7 +11,7 @@ from experiments.config.files import config_to_json
 from experiments.data import Corpus
 from experiments.errors import run_command
 from experiments.generate import generate_bytes
-from experiments.pages.report_page import ReportData, render_report
+from experiments.pages.report import ReportData, render_report
 from experiments.runs.metrics import read_metrics
 from experiments.runs.saved_run import Run, open_run, restore_run
 from hnet import Sampling

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.errors import run_command
-from experiments.pages.text_table import aligned
+from experiments.pages.tables import aligned
 from layers import (
     BlockLists,
     MaskSpec,

@@ -23,14 +23,15 @@ from experiments.analysis.flops import model_flops_per_byte
 from experiments.config import RunConfig
 from experiments.config.files import config_from_json, flat_fields, load_config, split_overrides
 from experiments.errors import RunError, UsageError, run_command
-from experiments.pages.sweep_page import BITS, Result, render_plot, render_table, tokens_per_chunk
+from experiments.pages.sweep import BITS, Result, render_plot, render_table, tokens_per_chunk
+from experiments.runs.grid import write_findings
 from experiments.runs.manifest import prepare_workdir
 from experiments.runs.metrics import read_metrics
 
 POLL_SECONDS = 0.2
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Run:
     """A training run that the sweep wants."""
 
@@ -58,7 +59,8 @@ def main(argv: list[str]) -> int:
     for name in ("seeds", "jobs"):
         if getattr(arguments, name) < 1:
             raise UsageError(f"--{name}={getattr(arguments, name)} must be at least 1")
-    runs = plan(arguments.configs.split(","), arguments.seeds, Path(arguments.outdir).expanduser(), overrides)
+    outdir = Path(arguments.outdir).expanduser()
+    runs = plan(arguments.configs.split(","), arguments.seeds, outdir, overrides)
     failed: list[Run] = []
     if not arguments.report_only:
         prepare_workdir(arguments.outdir)
@@ -68,7 +70,8 @@ def main(argv: list[str]) -> int:
                 name = signal.Signals(received[0]).name
                 print(f"stopped by {name}; the same command goes on from there", flush=True)
                 return 128 + received[0]
-    _write(runs, Path(arguments.outdir).expanduser())
+    finished = {run: result_of(run) if is_finished(run) else None for run in runs}
+    write_findings(outdir, finished, "sweep.json", lambda results: (render_table(results), render_plot(results)))
     return 1 if failed else 0
 
 
@@ -197,23 +200,6 @@ def _outcome(run: Run) -> str:
     result = result_of(run)
     chunks = "".join(f", {length:.2f} bytes per chunk" for length in result.bytes_per_chunk[-1:])
     return f"{result.bits_per_byte:.3f} bits per byte{chunks}"
-
-
-def _write(runs: list[Run], outdir: Path) -> None:
-    results = [result_of(run) for run in runs if is_finished(run)]
-    if not results:
-        raise RunError(f"--outdir={outdir}: none of the {len(runs)} runs is finished; there is nothing to draw")
-    if len(results) < len(runs):
-        print(f"not finished and left out: {', '.join(str(run) for run in runs if not is_finished(run))}")
-    table = render_table(results)
-    files = {
-        "sweep.json": json.dumps([dataclasses.asdict(result) for result in results], indent=2) + "\n",
-        "table.md": table,
-        "plot.svg": render_plot(results),
-    }
-    for name, text in files.items():
-        (outdir / name).write_text(text, encoding="utf-8")
-    print(f"\n{table}\n{', '.join(str(outdir / name) for name in files)}", flush=True)
 
 
 def _refuse_another_config(run: Run) -> None:

@@ -1,6 +1,7 @@
 """Measurements on models and text.
 
   boundaries        where a model cuts a text
+  chunked_text      a text and its chunks, byte by byte
   chunk_statistics  what its boundaries coincide with
   perturbations     how they move under edits
   flops             counts operations of a program

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import optax
 
+from experiments.analysis.chunked_text import ChunkedText, StageChunks
 from experiments.config import RunConfig
 from experiments.data import BOS
-from experiments.pages.chunk_html import ChunkedText, StageChunks
 from hnet import HNetLM, StageOutput
 
 ROWS = 8  # windows per call; fewer are padded to this, so that the model compiles once

@@ -19,18 +19,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from experiments.pages.chunk_html import ChunkedText, StageChunks, characters, chunk_lengths
+from experiments.analysis.chunked_text import ChunkedText, StageChunks, Table, characters, chunk_lengths
 
 PROBABILITY_BINS = 10  # of equal width, from 0 to 1
-
-
-class Table(NamedTuple):
-    """Rows of text for the terminal and for pages; all columns but the first hold numbers.
-
-    A title in the header may have several lines.
-    """
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
 
 
 class PlaceStatistics(NamedTuple):

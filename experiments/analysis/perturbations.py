@@ -18,7 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from experiments.analysis.chunk_statistics import Table, bits_per_byte, boundary_agreement, boundary_rate, number
-from experiments.pages.chunk_html import ChunkedText, characters, chunk_lengths
+from experiments.analysis.chunked_text import ChunkedText, characters, chunk_lengths
 
 TYPO_RATE = 0.05  # of all letters
 RUN = b"a" * 100

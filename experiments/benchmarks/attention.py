@@ -25,7 +25,7 @@ import numpy as np
 
 from experiments.benchmarks.timing import interleaved_seconds, write_results
 from experiments.errors import run_command
-from experiments.pages.svg import Row, colour, row_plot, standalone
+from experiments.pages.pictures import Row, Rows, picture
 from layers import BlockLists, MaskSpec, block_sparse_attention
 
 DENSITIES = (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
@@ -192,13 +192,11 @@ def plot(rows: list[dict[str, Any]]) -> str:
         for way in ways:
             these = [row for row in attention
                      if (row["way"], row["density"], row["backward"]) == (way, density, backward)]
-            titles = [f"{row['tokens']} tokens, width {row['width']}, {row['heads']} / {row['key_heads']} heads"
-                      for row in these]
             speed_ups = np.array([row["over_dense"] for row in these])
             label = (f"{way}, density 1/{1 / density:g}{', with backward' if backward else ''}: "
                      f"{speed_ups.mean():.3g}")
-            lines.append(Row(label, speed_ups, titles, colour(ways.index(way))))
-    return standalone([row_plot(lines, x_label="times as fast as dense attention; one dot per size")])
+            lines.append(Row(label, ways.index(way), speed_ups))
+    return picture([Rows("times as fast as dense attention; one dot per size", lines)])
 
 
 def _sparse(implementation: str, q, k, v, lists):

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from experiments.pages.text_table import aligned
+from experiments.pages.tables import aligned
 from experiments.runs.manifest import git_state
 
 

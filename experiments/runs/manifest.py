@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from experiments.errors import UsageError
+from experiments.files import write_whole
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "hnet-jax")
@@ -82,13 +83,8 @@ def _read(workdir: Path) -> dict[str, Any]:
 
 
 def _write(workdir: Path, manifest: dict[str, Any]) -> None:
-    """Replaces the file whole, so that no reader and no kill sees half of it."""
-    if jax.process_index() != 0:
-        return
-    path = Path(workdir) / "manifest.json"
-    replacement = path.with_suffix(".json.tmp")
-    replacement.write_text(json.dumps(manifest, indent=2) + "\n")
-    os.replace(replacement, path)
+    if jax.process_index() == 0:
+        write_whole(Path(workdir) / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
 
 def git_state() -> dict[str, Any]:

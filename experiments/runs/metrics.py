@@ -6,7 +6,6 @@ line is flushed as it is written, so a killed run loses at most a part of its la
 """
 import json
 import math
-import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
@@ -14,6 +13,7 @@ from typing import Any, Self, TextIO
 import jax
 
 from experiments.errors import UsageError
+from experiments.files import write_whole
 
 
 class MetricsWriter:
@@ -40,9 +40,7 @@ class MetricsWriter:
         if not (self._is_active and self._path.exists()):
             return
         kept = [record for record in read_metrics(self._path) if record["step"] <= step]
-        replacement = self._path.with_suffix(".jsonl.tmp")
-        replacement.write_text("".join(_to_line(record) for record in kept))
-        os.replace(replacement, self._path)
+        write_whole(self._path, "".join(map(_to_line, kept)))
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Appends one record; the values may also be scalar arrays."""

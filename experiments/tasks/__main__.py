@@ -11,9 +11,7 @@ learning rate) and plot.svg. The same command again leaves finished runs alone a
 that fails is reported, the others go on, and the exit code is 1.
 """
 import argparse
-import dataclasses
 import functools
-import json
 import math
 import signal
 import time
@@ -23,7 +21,8 @@ from typing import Any, NamedTuple
 import jax
 
 from experiments.config.files import CONFIGS_DIRECTORY, load_config, split_overrides
-from experiments.errors import RunError, UsageError, run_command
+from experiments.errors import UsageError, run_command
+from experiments.runs.grid import write_findings
 from experiments.runs.manifest import prepare_workdir, write_manifest
 from experiments.runs.progress import Progress
 from experiments.runs.saved_run import enable_compilation_cache
@@ -69,7 +68,8 @@ def main(argv: list[str]) -> int:
         except KeyboardInterrupt:
             print("stopped; the same command goes on with the runs that are not finished", flush=True)
             return 128 + signal.SIGINT
-    _write(runs, finished, outdir)
+    columns = _columns(runs)
+    write_findings(outdir, finished, "results.json", lambda results: _render(results, columns))
     return 1 if failed else 0
 
 
@@ -152,26 +152,13 @@ def _config(name: str, mixers: str, overrides: list[str]) -> TaskConfig:
     return TaskConfig.from_config_dict(fields)
 
 
-def _write(runs: list[Run], finished: dict[RunName, Result | None], outdir: Path) -> None:
-    results = [result for result in finished.values() if result]
-    if not results:
-        raise RunError(f"--outdir={outdir}: none of the {len(runs)} runs is finished; there is nothing to draw")
-    if len(results) < len(runs):
-        print(f"not finished and left out: {', '.join(str(run.name) for run in runs if not finished[run.name])}")
-    chosen, columns = choose_rates(results), _columns(runs)
-    table = render_table(chosen, columns)
-    files = {
-        "results.json": json.dumps([dataclasses.asdict(result) for result in results], indent=2) + "\n",
-        "table.md": table,
-        "plot.svg": render_plot(chosen, columns),
-    }
-    for name, text in files.items():
-        (outdir / name).write_text(text, encoding="utf-8")
-    print(f"\n{table}\n{', '.join(str(outdir / name) for name in files)}", flush=True)
+def _render(results: list[Result], columns: list[Column]) -> tuple[str, str]:
+    chosen = choose_rates(results)
+    return render_table(chosen, columns), render_plot(chosen, columns)
 
 
 def _columns(runs: list[Run]) -> list[Column]:
-    """The columns of all settings, each once: those of another seed have the same names."""
+    """Returns the columns of all settings, each once: those of another seed have the same names."""
     return list({column.name: column for run in runs for column in run.setting.columns}.values())
 
 

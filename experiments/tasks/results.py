@@ -1,12 +1,12 @@
-"""What came out of a run of a task: one JSON file for each, written when the run is finished."""
+"""Results of the runs of a task: one JSON file for each, written when the run is finished."""
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from experiments.config.files import config_from_json, flat_fields
 from experiments.errors import UsageError
+from experiments.files import write_whole
 from experiments.tasks.config import TaskConfig
 from experiments.tasks.training import Measured
 
@@ -15,7 +15,7 @@ SWEPT = ("mixers", "learning_rates")  # fields that say which runs there are, an
 
 @dataclasses.dataclass(frozen=True)
 class RunName:
-    """Which run of an experiment."""
+    """The name of a run among those of an experiment."""
 
     mixer: str
     setting: str
@@ -61,12 +61,10 @@ class Result:
 
 
 def save(result: Result, outdir: Path) -> None:
-    """Writes the file of a run whole, so that a kill leaves it finished or not begun."""
+    """Writes the file of a run."""
     path = result.name.path(outdir)
     path.parent.mkdir(parents=True, exist_ok=True)
-    replacement = path.with_suffix(".json.tmp")
-    replacement.write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n", encoding="utf-8")
-    os.replace(replacement, path)
+    write_whole(path, json.dumps(dataclasses.asdict(result), indent=2) + "\n")
 
 
 def load(name: RunName, outdir: Path, config: TaskConfig) -> Result | None:

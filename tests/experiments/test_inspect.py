@@ -9,7 +9,7 @@ from experiments.analysis.perturbations import perturb
 from experiments.errors import UsageError
 from experiments.runs.saved_run import Run
 from experiments.training.mesh import make_mesh
-from tests.experiments.pages.test_report_page import HOSTILE, Page
+from tests.experiments.pages.test_report import HOSTILE, Page
 from tests.support.models import random_params
 from tests.support.runs import config_of
 

@@ -7,19 +7,14 @@ import signal
 import statistics
 import threading
 import time
-import xml.etree.ElementTree as ET
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from experiments import sweep
 from experiments.analysis.flops import model_flops_per_byte
 from experiments.errors import RunError, UsageError
-from experiments.pages.sweep_page import Result, render_plot, render_table, tokens_per_chunk
 from tests.support.runs import config_of, finish, results, saved_steps, start
-
-SVG = "{http://www.w3.org/2000/svg}"
 
 
 def _arguments(configs: Path, outdir: Path, *names: str, seeds: int = 1) -> list[str]:
@@ -212,88 +207,3 @@ def test_runs_of_another_config_are_not_mixed_in(swept, configs):
 def test_there_is_no_table_of_nothing(configs, tmp_path):
     with pytest.raises(RunError, match="none of the 1 runs is finished"):
         sweep.main([*_arguments(configs, tmp_path, "tiny"), "--report_only"])
-
-
-# The page
-
-
-def _result(config: str, seed: int, bits: list[float], bytes_per_chunk: tuple[float, ...] = ()) -> Result:
-    chunks = {f"eval/stage{index}/bytes_per_chunk": each for index, each in enumerate(bytes_per_chunk)}
-    chunks |= {f"eval/stage{index}/boundary_rate": 1 / each for index, each in enumerate(bytes_per_chunk)}
-    return Result(
-        config=config, seed=seed, num_params=493_464, flops_per_byte=612_345.0, train_seconds=180.2 + seed,
-        evaluations=[{"step": 100 * (index + 1), "eval/bits_per_byte": each} | chunks
-                     for index, each in enumerate(bits)],
-        commit="90e4ef8abc", is_dirty=config == "a_<dirty>", device="1 x cpu",
-        versions={"jax": "0.10.2", "python": "3.11.7"})
-
-
-RESULTS = [
-    _result("a_learned", 0, [3.0, 2.0], (4.0,)), _result("a_learned", 1, [3.2, 2.2], (5.0,)),
-    _result("a_<dirty>", 0, [2.9, 2.5], (2.5, 6.25)), _result("a_flat", 0, [2.5, 2.4, 2.3]),
-]
-
-
-def test_the_table_has_a_row_per_config_and_says_where_it_comes_from():
-    header, _, *rows, empty, footnote = render_table(RESULTS).splitlines()
-    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
-    assert cells == [
-        ["a_learned", "2", "2.100 ± 0.141", "4.50", "0.612", "493k", "181"],
-        ["a_<dirty>", "1", "2.500", "2.50, 6.25", "0.612", "493k", "180"],
-        ["a_flat", "1", "2.300", "no chunks", "0.612", "493k", "180"],
-    ]
-    assert {len(row) for row in rows} == {len(header)} and empty == ""
-    assert "1 x cpu, Python 3.11.7, jax 0.10.2, commit 90e4ef8 and 90e4ef8 with changes." in footnote
-
-
-def test_the_plot_is_a_file_of_its_own_with_a_line_a_band_and_a_row_per_config():
-    root = ET.fromstring(render_plot(RESULTS))
-    texts = [text.text for text in root.iter(f"{SVG}text")]
-    for label in ("learned 2.10", "<dirty> 2.50", "flat 2.30",
-                  "learned 2.100 ± 0.141", "<dirty> 2.500", "flat 2.300", "step"):
-        assert texts.count(label) == 1
-    classes = [path.get("class") for path in root.iter(f"{SVG}path")]
-    for index in range(3):
-        assert classes.count(f"band c{index}") == 1 and classes.count(f"line c{index}") == 2
-    titles = [circle.find(f"{SVG}title").text for circle in root.iter(f"{SVG}circle")]
-    assert titles == ["seed 0: 2.0000", "seed 1: 2.2000", "seed 0: 2.5000", "seed 0: 2.3000"]
-    assert not re.search(r"url\(|href|<rect|background", render_plot(RESULTS))
-
-
-def test_the_bar_of_a_row_is_at_the_mean_of_its_dots_and_rows_share_an_axis():
-    _, rows = ET.fromstring(render_plot(RESULTS)).findall(f"{SVG}svg")
-    bars = [float(path.get("d")[1:].split()[0]) for path in rows.iter(f"{SVG}path") if "line" in path.get("class")]
-    dots = [float(circle.get("cx")) for circle in rows.iter(f"{SVG}circle")]
-    assert bars == pytest.approx([(dots[0] + dots[1]) / 2, dots[2], dots[3]], abs=0.11)
-    values = np.array([2.0, 2.2, 2.5, 2.3])
-    np.testing.assert_allclose(np.diff(dots) / np.diff(values), np.diff(dots)[0] / 0.2, rtol=2e-3)
-
-
-def test_panels_lie_below_each_other_inside_the_file():
-    root = ET.fromstring(render_plot(RESULTS))
-    bottoms = [float(panel.get("y")) + float(panel.get("height")) for panel in root.findall(f"{SVG}svg")]
-    tops = [float(panel.get("y")) for panel in root.findall(f"{SVG}svg")]
-    assert len(tops) == 2 and tops[0] >= 0 and tops[1] >= bottoms[0] and bottoms[1] <= float(root.get("height"))
-
-
-def test_a_band_reaches_from_the_lowest_to_the_highest_seed():
-    root = ET.fromstring(render_plot([_result("x", seed, [3.0 + seed, 2.0]) for seed in range(3)]))
-    paths = {path.get("class"): path.get("d") for path in root.find(f"{SVG}svg").iter(f"{SVG}path")}
-    points = [[float(each) for each in point.split()] for point in re.findall(r"[\d.]+ [\d.]+", paths["band c0"])]
-    (left, top), (right, _), _, (_, bottom) = points
-    line = [float(each) for each in re.findall(r"[\d.]+", paths["line c0"])]
-    assert line[0] == left and line[2] == right and top < line[1] < bottom
-    assert line[1] - top == pytest.approx(bottom - line[1], abs=0.2)
-    assert bottom - top == pytest.approx((line[3] - top) * 2 / 3, abs=0.3)  # 2 of the 3 bits from 5 to 2
-
-
-def test_curves_hold_the_steps_at_which_all_seeds_were_evaluated():
-    root = ET.fromstring(render_plot([_result("x", 0, [3.0, 2.0]), _result("x", 1, [3.0])]))
-    [line] = [path for path in root.find(f"{SVG}svg").iter(f"{SVG}path") if path.get("class") == "line c0"]
-    assert line.get("d").count("L") == 0
-
-
-def test_realised_compression_counts_tokens_of_each_stage():
-    evaluation = {"eval/stage0/boundary_rate": 0.4, "eval/stage1/boundary_rate": 0.5, "eval/bits_per_byte": 2.0}
-    assert tokens_per_chunk(evaluation) == (2.5, 2.0)
-    assert tokens_per_chunk({"eval/bits_per_byte": 2.0}) == ()

@@ -16,7 +16,7 @@ from experiments.analysis.chunk_statistics import (
     stage_statistics,
     stage_table,
 )
-from experiments.pages.chunk_html import ChunkedText, StageChunks
+from experiments.analysis.chunked_text import ChunkedText, StageChunks
 
 CODE = b"if x2 ==\n\t10:  _y1"
 # Bytes 8 and 9 are the line feed and the tab; the underscore is byte 15.

@@ -3,8 +3,8 @@ import math
 import numpy as np
 import pytest
 
+from experiments.analysis.chunked_text import ChunkedText, StageChunks
 from experiments.analysis.perturbations import RUN, effect_table, effects, perturb
-from experiments.pages.chunk_html import ChunkedText, StageChunks
 
 TEXT = "Straße: grün ß, ŉ I\u0307 10 x\n\tÀÉ".encode() + b"\xff\xc3z"
 LONG = b"The quick brown fox jumps over the lazy dog. " * 20

@@ -1,13 +1,14 @@
 """The table and the plot of an experiment on a task show its runs, number by number."""
 import dataclasses
-import xml.etree.ElementTree as ET
 
-from experiments.tasks.page import choose_rates, render_plot, render_table
+import numpy as np
+
+from experiments.pages.pictures import Lines, Rows
+from experiments.tasks.page import choose_rates, panels, render_plot, render_table
 from experiments.tasks.results import Result
 from experiments.tasks.settings import Column
 from experiments.tasks.training import Measured
 
-SVG = "{http://www.w3.org/2000/svg}"
 COLUMNS = [Column("4 pairs", "recall", 4, None), Column("8 pairs", "recall", 8, None),
            Column("noise, 3 symbols", "noise", 3, None)]
 
@@ -49,26 +50,28 @@ def test_the_table_has_a_row_per_mixer_and_says_what_its_numbers_are():
 
 
 def test_the_plot_has_a_panel_per_kind_of_column_and_one_of_training():
-    root = ET.fromstring(render_plot(choose_rates(RESULTS), COLUMNS))
-    panels = root.findall(f"{SVG}svg")
-    texts = [[text.text for text in panel.iter(f"{SVG}text")] for panel in panels]
-    expected = [{"t 75.0", "m 40.0"}, {"t 65.0 ± 7.1", "m 30.0 ± 14.1"}, {"t 85.0", "m 50.0"}]
-    assert len(texts) == 3 and all(labels <= set(panel) for labels, panel in zip(expected, texts, strict=True))
+    recall, noise, training = panels(choose_rates(RESULTS), COLUMNS)
+    assert isinstance(recall, Lines) and [line.label for line in recall.lines] == ["t", "m"]
+    np.testing.assert_allclose([line.y for line in recall.lines], [[85, 75], [50, 40]])
+    np.testing.assert_allclose(recall.lines[0].band, [[80, 70], [90, 80]])
+    assert isinstance(noise, Rows)
+    assert [row.label for row in noise.rows] == ["t 65.0 ± 7.1", "m 30.0 ± 14.1"]
+    np.testing.assert_allclose(training.lines[0].y, [10, 85])
+    assert "t 85.0" in render_plot(choose_rates(RESULTS), COLUMNS)
 
 
 def test_a_mixer_without_all_columns_of_a_panel_is_left_out_of_it():
     partly = dataclasses.replace(RESULTS[-2], test={"noise, 3 symbols": 0.25})
-    lines, rows, _ = ET.fromstring(render_plot(choose_rates([RESULTS[0], partly]), COLUMNS)).findall(f"{SVG}svg")
-    labels = [[text.text for text in panel.iter(f"{SVG}text") if text.get("class").startswith("line")]
-              for panel in (lines, rows)]
-    assert labels == [["t 70.0"], ["t 60.0", "m 25.0"]]
+    recall, noise, _ = panels(choose_rates([RESULTS[0], partly]), COLUMNS)
+    assert [line.label for line in recall.lines] == ["t"]
+    assert [row.label for row in noise.rows] == ["t 60.0", "m 25.0"]
 
 
-def test_mixers_past_the_sixth_are_dashed():
-    results = [_result(f"t{index}", 0, 1e-3, 0.9, 0.5 + index / 20) for index in range(1, 9)]
-    kinds = [path.get("class") for path in ET.fromstring(render_plot(choose_rates(results), COLUMNS)).iter()
-             if "line" in (path.get("class") or "") and path.tag.endswith("path")]
-    assert "line c0" in kinds and "line c0 dashed" in kinds and "line c2 dashed" not in kinds
+def test_a_mixer_has_one_colour_in_all_panels():
+    partly = dataclasses.replace(RESULTS[0], test={"noise, 3 symbols": 0.25})
+    recall, noise, training = panels(choose_rates([partly, RESULTS[-2]]), COLUMNS)
+    assert [line.ink for line in recall.lines] == [1]
+    assert [each.ink for each in noise.rows] == [each.ink for each in training.lines] == [0, 1]
 
 
 def test_a_run_without_a_call_that_was_finite_has_no_curve():

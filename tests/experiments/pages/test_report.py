@@ -7,9 +7,11 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from experiments.pages.chunk_html import ChunkedText, StageChunks, chunk_lengths, render_chunked_text, visible_text
-from experiments.pages.report_page import ReportData, render_report, verdict
-from experiments.pages.svg import NARROW, Series, format_number, histogram, line_plot
+from experiments.analysis.chunked_text import ChunkedText, StageChunks, chunk_lengths
+from experiments.pages.chunk_html import render_chunked_text, visible_text
+from experiments.pages.report import ReportData, render_report, verdict
+from experiments.pages.svg import NARROW, Ink, Series, histogram, line_plot
+from experiments.pages.tables import format_number
 
 VOID_TAGS = {"meta", "input"}
 EMOJI = "😀".encode()
@@ -215,15 +217,15 @@ def test_values_that_are_not_finite_are_left_out_and_counted(value):
     page = render_report(_data(metrics=lines))
 
     Page(page)
-    assert "for want of a finite value: 2 of the logged points" in page  # the loss figure
-    assert "for want of a finite value: 1 of the logged points" in page  # the boundary rate
+    assert "2 logged points are not finite and are not drawn." in page  # the loss figure
+    assert "1 logged point is not finite and is not drawn." in page     # the boundary rate
     assert "after step 50 of 100" in page
     assert not re.search(r"\b(nan|inf|None)\b", page)
 
 
 def test_reference_lines_are_named_at_their_height_and_kept_apart():
     steps = np.arange(1, 11)
-    plot = line_plot([Series("train", steps, 8.0 / steps, "line")], y_label="bits",
+    plot = line_plot([Series("train", steps, 8.0 / steps, Ink.LINE)], y_label="bits",
                      references={"zlib": 4.58, "unigram": 4.68})
 
     labels = re.findall(r'<text class="quiet" [^>]*y="([\d.]+)">(\w+ [\d.]+)<', plot)

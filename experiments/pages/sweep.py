@@ -1,12 +1,13 @@
-"""What a sweep found: a table in Markdown and a plot, drawn from the results of its finished runs alone."""
+"""The table and the plot of a sweep, drawn from the results of its finished runs alone."""
 import dataclasses
 import statistics
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
-from experiments.pages.svg import Row, Series, colour, format_number, line_plot, row_plot, standalone
+from experiments.pages.pictures import Line, Lines, Row, Rows, picture
+from experiments.pages.tables import format_number, markdown_table
+from experiments.runs.grid import all_of, by_name, mean_and_deviation, origin
 
 BITS = "eval/bits_per_byte"
 
@@ -52,59 +53,41 @@ def _per_stage(evaluation: dict[str, float], name: str) -> tuple[float, ...]:
 
 def render_table(results: Iterable[Result]) -> str:
     """Returns one row per config, in the order in which they come, and under it what the numbers are."""
+    results = list(results)
     header = ("config", "seeds", "held-out bits per byte", "bytes per chunk", "MFLOPs per byte", "parameters",
               "seconds")
     rows = [(
         name,
         str(len(runs)),
-        _mean_and_deviation([run.bits_per_byte for run in runs]),
+        mean_and_deviation([run.bits_per_byte for run in runs], decimals=3),
         ", ".join(f"{np.mean(each):.2f}" for each in zip(*(run.bytes_per_chunk for run in runs), strict=True))
         or "no chunks",
         f"{_mean(runs, lambda run: run.flops_per_byte) / 1e6:.3f}",
         format_number(_mean(runs, lambda run: run.num_params)),
         f"{_mean(runs, lambda run: run.train_seconds):.0f}",
-    ) for name, runs in _by_config(results).items()]
-    return f"{markdown_table(header, rows)}\n\n{_footnote(list(results))}\n"
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    rows = list(rows)
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [_table_line(header, widths), "|" + "|".join("-" * (width + 2) for width in widths) + "|"]
-    return "\n".join(lines + [_table_line(row, widths) for row in rows])
-
-
-def _table_line(cells: Iterable[str], widths: Iterable[int]) -> str:
-    padded = (cell.ljust(width) for cell, width in zip(cells, widths, strict=True))
-    return f"| {' | '.join(padded)} |"
-
-
-def _footnote(results: list[Result]) -> str:
-    def all_of(values: Iterable[Any]) -> str:
-        return " and ".join(sorted({str(value) for value in values}))
-
+    ) for name, runs in by_name(results, _config_of).items()]
     steps = all_of(f"{result.last['step']:,}" for result in results)
-    commits = all_of(f"{result.commit[:7]}{' with changes' if result.is_dirty else ''}" for result in results)
-    jax, python = (all_of(result.versions[name] for result in results) for name in ("jax", "python"))
-    return ("Means over seeds, ± the sample standard deviation. Bits per byte and chunks: held-out text after "
+    return (f"{markdown_table(header, rows)}\n\n"
+            "Means over seeds, ± the sample standard deviation. Bits per byte and chunks: held-out text after "
             f"step {steps}. FLOPs: the forward pass, with those chunks. Seconds: of training steps alone. "
-            f"{all_of(result.device for result in results)}, Python {python}, jax {jax}, commit {commits}.")
+            f"{origin(results)}\n")
 
 
 def render_plot(results: Iterable[Result]) -> str:
     """Returns an .svg file: held-out bits per byte over training, and below it the last value of each run."""
-    groups = _by_config(results)
-    series, rows = [], []
-    for index, (name, runs) in enumerate(zip(_without_common_start(list(groups)), groups.values(), strict=True)):
+    return picture(panels(results))
+
+
+def panels(results: Iterable[Result]) -> tuple[Lines, Rows]:
+    """Returns the two panels of the plot."""
+    groups = by_name(results, _config_of)
+    lines, rows = [], []
+    for ink, (name, runs) in enumerate(zip(_without_common_start(list(groups)), groups.values(), strict=True)):
         steps, bits = _curves(runs)
-        last, titles = bits[:, -1], [f"seed {run.seed}: {run.bits_per_byte:.4f}" for run in runs]
-        series.append(Series(name, steps, bits.mean(axis=0), f"line {colour(index)}",
-                             band=(bits.min(axis=0), bits.max(axis=0))))
-        rows.append(Row(f"{name} {_mean_and_deviation(last)}", last, titles, colour(index)))
-    return standalone([
-        line_plot(series, y_label="bits per byte on held-out text: mean over seeds, and their range"),
-        row_plot(rows, x_label="the same after the last step: a dot per seed, a bar at their mean"),
-    ])
+        lines.append(Line(name, ink, steps, bits.mean(axis=0), band=(bits.min(axis=0), bits.max(axis=0))))
+        rows.append(Row(f"{name} {mean_and_deviation(bits[:, -1], decimals=3)}", ink, bits[:, -1]))
+    return (Lines("bits per byte on held-out text: mean over seeds, and their range", lines),
+            Rows("the same after the last step: a dot per seed, a bar at their mean", rows))
 
 
 def _curves(runs: list[Result]) -> tuple[np.ndarray, np.ndarray]:
@@ -114,15 +97,12 @@ def _curves(runs: list[Result]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(steps), np.array([[values[step] for step in steps] for values in by_step])
 
 
-def _by_config(results: Iterable[Result]) -> dict[str, list[Result]]:
-    groups: dict[str, list[Result]] = {}
-    for result in results:
-        groups.setdefault(result.config, []).append(result)
-    return groups
+def _config_of(result: Result) -> str:
+    return result.config
 
 
 def _without_common_start(names: list[str]) -> list[str]:
-    """["compare_learned", "compare_space"] -> ["learned", "space"]."""
+    """Shortens ["compare_learned", "compare_space"] to ["learned", "space"]."""
     words = names[0].split("_")[:-1] if len(names) > 1 else []
     while words and not all(name.startswith("_".join(words) + "_") for name in names):
         words.pop()
@@ -131,9 +111,3 @@ def _without_common_start(names: list[str]) -> list[str]:
 
 def _mean(runs: list[Result], of: Callable[[Result], float]) -> float:
     return statistics.fmean(map(of, runs))
-
-
-def _mean_and_deviation(values: Iterable[float]) -> str:
-    values = [float(value) for value in values]
-    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.3f}{spread}"
