@@ -1,7 +1,7 @@
 # make train   trains the quick-start H-Net on this machine into runs/quickstart
-# make test    runs the tests, without those marked slow; make test-slow runs those
-# make lint    checks style;  make test-tpu-aot compiles kernels and the train step for TPUs, without one, and
-#              make test-cuda-aot kernels for a Hopper GPU
+# make test    checks style and runs the tests, except those marked slow, which make test-slow runs
+# make lint    checks style
+# make test-tpu-aot, test-cuda-aot   compile kernels, and the train step, for TPUs and for a Hopper GPU without one
 PYTHON ?= python3
 VENV ?= .venv
 RUN := $(VENV)/bin/python
@@ -17,13 +17,13 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	$(RUN) -m pytest -m slow
 
-# In an environment of its own: where libtpu is installed, jax looks for a TPU at every start.
+# Uses an environment of its own, because jax with libtpu installed looks for a TPU at every start.
 test-tpu-aot:
 	$(PYTHON) -m venv .venv-plan
 	.venv-plan/bin/python -m pip install --quiet --editable '.[test,plan]'
 	.venv-plan/bin/python -m pytest -m slow tests/test_kernels.py tests/experiments/training/test_tpu_compile.py
 
-# Needs Python 3.12 or newer (jax 0.11), and CUDA 13's ptxas, or pip install nvidia-cuda-nvcc in .venv-cuda.
+# Needs Python 3.12 or newer (jax 0.11) and CUDA 13's ptxas; pip install nvidia-cuda-nvcc in .venv-cuda has one.
 test-cuda-aot:
 	$(PYTHON) -m venv .venv-cuda
 	.venv-cuda/bin/python -m pip install --quiet --editable '.[test]'
@@ -36,7 +36,7 @@ lint: $(STAMP)
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
-	  echo "Python 3.11 or newer is needed; $(PYTHON) is $$($(PYTHON) --version). Try: make PYTHON=python3.12" >&2; exit 2; }
+	  echo "$(PYTHON) is $$($(PYTHON) --version), and 3.11 or newer is needed. Try: make PYTHON=python3.12" >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --editable '.[test]'
 	@touch $(STAMP)

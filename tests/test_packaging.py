@@ -1,4 +1,4 @@
-"""What is imported and what is shipped."""
+"""Imports between packages, and the contents of the wheel."""
 import ast
 import importlib
 import pkgutil
@@ -16,7 +16,7 @@ MAY_IMPORT = {"layers": LIGHT - {"hnet"}, "hnet": LIGHT}
 
 @pytest.mark.parametrize("package", MAY_IMPORT)
 def test_layers_and_hnet_name_only_light_packages(package):
-    """Imports run one way, layers <- hnet <- experiments, and neither needs a data stack or orbax."""
+    """Imports run one way, layers <- hnet <- experiments, and neither package needs a data stack or orbax."""
     for path in (ROOT / package).rglob("*.py"):
         for name in _imported(path):
             top = name.split(".")[0]
@@ -29,7 +29,7 @@ FLOORS = ("array_types", "arrays", "nn", "chunking", "recurrences", "attention",
 
 
 def _imported(path: Path) -> list[str]:
-    """Dotted names of all modules that a file imports, wherever in the file."""
+    """Lists the dotted names of all modules that a file imports, at any place in it."""
     names = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
