@@ -21,6 +21,7 @@ class StageState:
     chunk_value: jax.Array | None = None         # [b, d] float32: what that chunk contributes to its tokens
     token_value: jax.Array | None = None         # [b, d] float32: the average over tokens, for "smooth_tokens"
     num_chunks: jax.Array | None = None          # [b] int32: chunks begun so far
+    last_segment: jax.Array | None = None        # [b] int32: the segment each row is in; 0 before the first token
     decoder: tuple[MixerState | MixerUpdate, ...] | None = None
     inner: "StageState | None" = None
     max_chunks: int = struct.field(pytree_node=False, default=0)  # that a row may begin in all
@@ -69,10 +70,11 @@ def init_decode_state(config: HNetConfig, batch: int, max_length: int) -> Decode
         return StageState(
             encoder,
             router=make_router(stage).empty_state(batch, stage.width),
-            pool=None if stage.downsampler == "first" else PoolState.empty(batch, stage.width),
+            pool=None if stage.downsampler == "first" else PoolState.empty(stage.downsampler, (batch, stage.width)),
             chunk_value=value,
             token_value=value if stage.upsampler == "smooth_tokens" else None,
             num_chunks=jnp.zeros(batch, jnp.int32),
+            last_segment=jnp.zeros(batch, jnp.int32),
             decoder=empty_state(stage.decoder_runs, stage, batch, length, dtype),
             inner=of_stage(index + 1, num_chunks, inner_slots),
             max_chunks=num_chunks,

@@ -1,6 +1,6 @@
 """The way into the inner stages and back: chunks in as many slots as the stage has, or needs.
 
-  down   each chunk gets a slot and a vector          `assign_chunks`, `chunk` or `chunk_pooled`
+  down   each chunk gets a slot and a vector          `Partition`, `chunk` or `chunk_pooled`
   in     the inner stage runs on the slots
   up     each token gets the value of its chunk       `dechunk`
 
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from hnet.config import HNetConfig, StageConfig, num_slots
 from hnet.decode_state import StageState, unchanged
 from hnet.stage_output import StageOutput
-from layers import PoolState, RouterHints, assign_chunks, chunk, chunk_pooled, dechunk, pack_rows, pack_segments
+from layers import Partition, PoolState, RouterHints, chunk, chunk_pooled, dechunk, pack_rows, pack_segments
 
 Inner = Callable[..., tuple[jax.Array, dict[str, StageOutput], StageState | None]]
 
@@ -96,22 +96,22 @@ def _at_capacity(
     boundary_levels: jax.Array | None, state: StageState | None, *, stage: StageConfig, rounded: bool, size: int,
 ) -> Chunked:
     before = StageState(None) if state is None else state
-    plan = assign_chunks(
-        boundary_prob > 0.5, segment_ids, size, num_before=before.num_chunks,
-        limit=None if state is None else state.max_chunks)
+    partition = Partition.from_boundaries(
+        boundary_prob > 0.5, segment_ids, size, last_segment=before.last_segment, num_before=before.num_chunks,
+        max_chunks=None if state is None else state.max_chunks)
     pool = None
     if stage.downsampler == "first":
-        chunks = chunk(h, plan)
+        chunks = chunk(h, partition)
     else:
-        chunks, pool = chunk_pooled(h, plan, segment_ids, pooling=stage.downsampler, state=before.pool)
+        chunks, pool = chunk_pooled(h, partition, stage.downsampler, state=before.pool)
     if boundary_levels is not None:
-        boundary_levels = jnp.maximum(chunk(boundary_levels, plan) - 1, 0)
+        boundary_levels = jnp.maximum(chunk(boundary_levels, partition) - 1, 0)
     hints = RouterHints(boundary_levels=boundary_levels)
-    z, stages, inner_state = _run_inner(inner, constrain(chunks), plan.segment_ids, hints, before.inner)
+    z, stages, inner_state = _run_inner(inner, constrain(chunks), partition.chunk_segment_ids, hints, before.inner)
     values, chunk_value = dechunk(
-        z, boundary_prob, plan, smoothing=stage.upsampler == "smooth", initial_value=before.chunk_value,
+        z, boundary_prob, partition, smoothing=stage.upsampler == "smooth", initial_value=before.chunk_value,
         round_to_bfloat16=rounded)
-    return Chunked(values, plan.starts_chunk, jnp.int32(size), stages, pool, chunk_value, inner_state)
+    return Chunked(values, partition.starts_chunk, jnp.int32(size), stages, pool, chunk_value, inner_state)
 
 
 def _run_inner(

@@ -12,7 +12,7 @@ from hnet.inner_stage import constrain, through_chunks
 from hnet.routers import entropy_boundaries, make_router
 from hnet.stack import Isotropic
 from hnet.stage_output import StageOutput
-from layers import RouterHints, segment_starts, smooth, straight_through
+from layers import RouterHints, carried_segment, last_segment, segment_starts, smooth, straight_through
 from layers.array_types import Array, Float, Int, Integer, typed
 
 
@@ -141,7 +141,8 @@ class HNet(nn.Module):
         chunked = through_chunks(inner, config, h, boundary_prob, segment_ids, hints.boundary_levels, state)
         values, token_value = chunked.values, None
         if stage.upsampler == "smooth_tokens":
-            values, token_value = _smooth_tokens(values, boundary_prob, segment_ids, before.token_value)
+            values, token_value = _smooth_tokens(
+                values, boundary_prob, segment_ids, before.token_value, before.last_segment)
 
         # How sure the router was of what it did; a boundary past the capacity was not made.
         confidence = jnp.where(chunked.starts_chunk, boundary_prob, 1 - boundary_prob)
@@ -156,7 +157,8 @@ class HNet(nn.Module):
             num_chunks = state.num_chunks + jnp.sum(chunked.starts_chunk, axis=1, dtype=jnp.int32)
             state = state.replace(
                 encoder=encoder_state, router=router_state, pool=chunked.pool, chunk_value=chunked.chunk_value,
-                token_value=token_value, num_chunks=num_chunks, decoder=decoder_state, inner=chunked.inner)
+                token_value=token_value, num_chunks=num_chunks,
+                last_segment=last_segment(segment_ids, state.last_segment), decoder=decoder_state, inner=chunked.inner)
         return y[..., :outer_width], {f"stage{self.index}": output, **chunked.stages}, state
 
     def _stack(self, runs: tuple[tuple[str, int], ...], name: str) -> Isotropic:
@@ -178,11 +180,11 @@ class HNet(nn.Module):
 
 
 def _smooth_tokens(
-    values: jax.Array, boundary_prob: jax.Array, segment_ids: jax.Array, initial_value: jax.Array | None
+    values: jax.Array, boundary_prob: jax.Array, segment_ids: jax.Array, initial_value: jax.Array | None,
+    last_id: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Averages over tokens instead of chunks: s_t = p_t v_t + (1 - p_t) s_{t-1} (after arXiv 2601.22805)."""
-    starts = segment_starts(segment_ids)
-    restarts = starts if initial_value is None else jnp.zeros_like(starts)
+    restarts = segment_starts(segment_ids, None if last_id is None else carried_segment(segment_ids, last_id))
     smoothed = smooth(values, boundary_prob, restarts, is_real=segment_ids != 0, initial_value=initial_value)
     return smoothed, smoothed[:, -1]  # padding leaves the average as it is
 

@@ -1,14 +1,17 @@
 """Layers for hierarchical and chunked sequence models: functions on arrays, and thin linen modules."""
 from layers.arrays.choose import Choice, choose, choose_in_groups
-from layers.arrays.segments import last_real, segment_ordinals, segment_positions, segment_starts
+from layers.arrays.segments import (
+    carried_segment,
+    last_real,
+    last_segment,
+    segment_ordinals,
+    segment_positions,
+    segment_starts,
+)
 from layers.attention.attend import attend, dot_product_attention, masked_attention
 from layers.attention.attended import Attended, merge
 from layers.attention.block_lists import BlockLists
-from layers.attention.block_sparse import (
-    block_sparse_attention,
-    merge_by_lse,
-    sharded_block_sparse_attention,
-)
+from layers.attention.block_sparse import block_sparse_attention, merge_by_lse, sharded_block_sparse_attention
 from layers.attention.mask import (
     CAUSAL,
     SAME_SEGMENT,
@@ -31,8 +34,8 @@ from layers.attention.patterns import (
     sliding_window_attention,
 )
 from layers.cache.kv_cache import KVCache, KVUpdate, cached_attention
-from layers.chunking.gather import PoolState, chunk, chunk_pooled, dechunk, pack_rows, straight_through
-from layers.chunking.partition import ChunkPlan, assign_chunks, pack_segments
+from layers.chunking.gather import chunk, dechunk, pack_rows, straight_through
+from layers.chunking.partition import Partition, pack_segments
 from layers.chunking.ratio_loss import ratio_loss
 from layers.chunking.routers import (
     CosineRouter,
@@ -45,6 +48,14 @@ from layers.chunking.routers import (
     is_spacelike,
 )
 from layers.chunking.smoothing import smooth
+from layers.chunking.summary import (
+    PoolingScores,
+    PoolState,
+    chunk_lengths,
+    chunk_pooled,
+    summarize,
+    summarize_next,
+)
 from layers.mixers.attention import Attention
 from layers.mixers.gated_delta_net import DeltaNetState, GatedDeltaNet
 from layers.mixers.gla import GLA, GLAState
@@ -80,22 +91,22 @@ from layers.recurrences.state_space import discretize, hippo_legs
 from layers.recurrences.ttt_linear import TTTState, ttt_linear
 
 __all__ = [
-    "CAUSAL", "GLA", "HGRN2", "MLSTM", "S5", "SAME_SEGMENT", "Attended", "Attention", "Bits",
-    "BlockLists", "Causal", "CausalDepthwiseConv", "Choice", "ChunkPlan", "CosineRouter",
-    "DeltaNetState", "GLAState", "GatedDeltaNet", "GivenRouter", "GriffinRecurrentBlock", "GriffinState",
-    "HGRN2State", "KVCache", "KVUpdate", "LinearAttentionState", "MLSTMMemory", "Mamba2", "Mamba2State",
-    "Mask", "MaskSpec", "MinGRU", "MinGRUState", "NativeSparseAttention", "PoolState", "RGLRUState",
-    "RMSNorm", "RWKV7State", "RWKV7TimeMix", "RouterHints", "RouterState", "S5State", "SameSegment",
-    "SlotState", "SpaceRouter", "SparseAttention", "StrideRouter", "SwiGLU", "TTTState", "TokenInfo",
-    "Window", "assign_chunks", "attend", "big_bird_attention", "block_sparse_attention",
-    "boundary_probability", "cached_attention", "causal_depthwise_conv", "choose", "choose_in_groups",
-    "chunk", "chunk_pooled", "dechunk", "diagonal_recurrence", "dilated_attention", "discretize",
-    "document_attention", "dot_product_attention", "dplr_recurrence", "gated_delta_product",
-    "gated_delta_rule", "gated_linear_attention", "gated_slot_attention", "hgrn", "hippo_legs",
-    "is_spacelike", "last_real", "linear_attention", "log_linear_attention", "masked_attention", "merge",
-    "merge_by_lse", "min_gru", "mlstm", "moba_attention", "native_sparse_attention", "pack_row_select",
-    "pack_rows", "pack_segments", "paged_attention", "ratio_loss", "retention", "retention_log_decay",
-    "rg_lru", "rms_norm", "rotary", "rwkv6_recurrence", "s4d", "s4d_kernel", "s5", "segment_ordinals",
-    "segment_positions", "segment_starts", "selected_blocks_attention", "sharded_block_sparse_attention",
-    "sliding_window_attention", "smooth", "ssd_scan", "straight_through", "token_info", "ttt_linear",
+    "CAUSAL", "GLA", "HGRN2", "MLSTM", "S5", "SAME_SEGMENT", "Attended", "Attention", "Bits", "BlockLists",
+    "Causal", "CausalDepthwiseConv", "Choice", "CosineRouter", "DeltaNetState", "GLAState", "GatedDeltaNet",
+    "GivenRouter", "GriffinRecurrentBlock", "GriffinState", "HGRN2State", "KVCache", "KVUpdate",
+    "LinearAttentionState", "MLSTMMemory", "Mamba2", "Mamba2State", "Mask", "MaskSpec", "MinGRU", "MinGRUState",
+    "NativeSparseAttention", "Partition", "PoolState", "PoolingScores", "RGLRUState", "RMSNorm", "RWKV7State",
+    "RWKV7TimeMix", "RouterHints", "RouterState", "S5State", "SameSegment", "SlotState", "SpaceRouter",
+    "SparseAttention", "StrideRouter", "SwiGLU", "TTTState", "TokenInfo", "Window", "attend",
+    "big_bird_attention", "block_sparse_attention", "boundary_probability", "cached_attention",
+    "carried_segment", "causal_depthwise_conv", "choose", "choose_in_groups", "chunk", "chunk_lengths",
+    "chunk_pooled", "dechunk", "diagonal_recurrence", "dilated_attention", "discretize", "document_attention",
+    "dot_product_attention", "dplr_recurrence", "gated_delta_product", "gated_delta_rule",
+    "gated_linear_attention", "gated_slot_attention", "hgrn", "hippo_legs", "is_spacelike", "last_real",
+    "last_segment", "linear_attention", "log_linear_attention", "masked_attention", "merge", "merge_by_lse",
+    "min_gru", "mlstm", "moba_attention", "native_sparse_attention", "pack_row_select", "pack_rows",
+    "pack_segments", "paged_attention", "ratio_loss", "retention", "retention_log_decay", "rg_lru", "rms_norm",
+    "rotary", "rwkv6_recurrence", "s4d", "s4d_kernel", "s5", "segment_ordinals", "segment_positions",
+    "segment_starts", "selected_blocks_attention", "sharded_block_sparse_attention", "sliding_window_attention",
+    "smooth", "ssd_scan", "straight_through", "summarize", "summarize_next", "token_info", "ttt_linear",
 ]

@@ -1,12 +1,13 @@
-"""Routers: where a stage begins its chunks.
+"""Routers: modules that decide where a stage begins its chunks.
 
 Every router is a linen module with one call and one more method:
 
   p, state = router(x, segment_ids, hints, state)     p [b, t] float32 in [0, 1]; a chunk begins where p > 1/2
-  state    = router.empty_state(batch, width)         what it remembers before the first token
+  state    = router.empty_state(batch, width)         the state before the first token
 
-p is 1 at the first token of every segment and 0 at padding. With a state, rows go on from earlier tokens: each
-row is then one segment, which those began. `p` tells the learned router's confidence; the others are sure.
+p is 1 at the first token of every segment and 0 at padding. For the learned router p is a confidence; the others
+return exactly 0 or 1. A state carries rows over from earlier calls: a row continues if its first segment is the
+one that it was in; every other segment begins anew.
 """
 from typing import Any, NamedTuple
 
@@ -15,11 +16,11 @@ import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Bool, Float, Int, typed
-from layers.arrays.segments import last_real, segment_positions, segment_starts
+from layers.arrays.segments import carried_segment, last_real, last_segment, segment_positions, segment_starts
 
 
 class RouterHints(NamedTuple):
-    """What a router may look at besides the vectors of its stage; None where there is none."""
+    """Inputs of a router besides the vectors of its stage; None where there is none."""
 
     tokens: jax.Array | None = None           # [b, t] int32: bytes, at the outermost stage
     boundary_levels: jax.Array | None = None  # [b, t] int32: stages that are to begin a chunk here; 0 = none
@@ -30,20 +31,21 @@ NO_HINTS = RouterHints()
 
 class CosineState(NamedTuple):
     last_query: jax.Array  # [b, d] float32: the query of the last real token
-    has_seen: jax.Array    # [b] bool: whether there was one
+    segment: jax.Array     # [b] int32: the segment of that token; 0 before the first
 
 
 class StrideState(NamedTuple):
-    num_seen: jax.Array    # [b] int32: real tokens so far
+    num_seen: jax.Array    # [b] int32: tokens so far of the segment that each row is in
+    segment: jax.Array     # [b] int32
 
 
 class SpaceState(NamedTuple):
     was_space: jax.Array   # [b] bool: the last byte was like a space
-    has_seen: jax.Array    # [b] bool
+    segment: jax.Array     # [b] int32
 
 
 class GivenState(NamedTuple):
-    has_seen: jax.Array    # [b] bool
+    segment: jax.Array     # [b] int32
 
 
 @typed
@@ -59,7 +61,7 @@ def boundary_probability(
     opposite). p is 1 at the first token of every segment, without a gradient, and 0 at padding.
 
     Args:
-      state: where rows go on from earlier tokens; each row is then one segment, which those began.
+      state: after earlier calls; None: rows begin here.
     """
     starts = segment_starts(segment_ids)
     previous = jnp.pad(query[:, :-1], ((0, 0), (1, 0), (0, 0)))
@@ -68,11 +70,11 @@ def boundary_probability(
     p = (1 - jnp.einsum("btd,btd->bt", _normalise(previous), _normalise(key))) / 2
     # Not jnp.clip, which halves the gradient at a tie; and a cosine of exactly 1 is common (a repeated byte).
     p = jnp.where(p < 0, 0.0, jnp.where(p > 1, 1.0, p))
-    return _certain(p, segment_ids, None if state is None else state.has_seen)
+    return _certain(p, segment_ids, None if state is None else state.segment)
 
 
 def _normalise(x: jax.Array) -> jax.Array:
-    """x / max(|x|, 1e-12) in float32, with a gradient of 0 rather than NaN where x is 0."""
+    """Returns x / max(|x|, 1e-12) in float32, with a gradient of 0 rather than NaN where x is 0."""
     x = x.astype(jnp.float32)
     square = jnp.sum(x * x, axis=-1, keepdims=True)
     is_zero = square == 0
@@ -80,20 +82,20 @@ def _normalise(x: jax.Array) -> jax.Array:
     return jnp.where(is_zero, 0.0, x / jnp.maximum(norm, 1e-12))
 
 
-def _certain(p: jax.Array, segment_ids: jax.Array, has_seen: jax.Array | None) -> jax.Array:
-    """Sets p to 1 at the first token of each segment, unless earlier tokens began it, and to 0 at padding."""
-    starts = segment_starts(segment_ids)
-    if has_seen is not None:
-        starts = starts & ~has_seen[:, None]
+def _certain(p: jax.Array, segment_ids: jax.Array, last_id: jax.Array | None) -> jax.Array:
+    """Sets p to 1 at the first token of each segment, unless earlier calls began it, and to 0 at padding."""
+    starts = segment_starts(segment_ids, None if last_id is None else carried_segment(segment_ids, last_id))
     return jnp.where(segment_ids == 0, 0.0, jnp.where(starts, 1.0, p))
 
 
-def _any_real(segment_ids: jax.Array) -> jax.Array:
-    return jnp.any(segment_ids != 0, axis=1)
+def _last(x: jax.Array, segment_ids: jax.Array, before: jax.Array) -> jax.Array:
+    """Takes the last real entry [b, *d] of x [b, t, *d]; that of `before` for a row of padding."""
+    is_read = jnp.any(segment_ids != 0, axis=1)
+    return jnp.where(is_read.reshape(-1, *[1] * (x.ndim - 2)), last_real(x, segment_ids), before)
 
 
 class CosineRouter(nn.Module):
-    """H-Net's: `boundary_probability` of learned projections of neighbouring tokens, in float32.
+    """H-Net's router: `boundary_probability` of learned projections of neighbouring tokens, in float32.
 
     Both projections start as the identity: at first p is the raw cosine distance of neighbours.
     """
@@ -114,16 +116,15 @@ class CosineRouter(nn.Module):
         query, key = project("query"), project("key")
         p = boundary_probability(query, key, segment_ids, state)
         before = state or self.empty_state(x.shape[0], x.shape[-1])
-        is_read = _any_real(segment_ids)
-        last_query = jnp.where(is_read[:, None], last_real(query, segment_ids), before.last_query)
-        return p, CosineState(last_query, before.has_seen | is_read)
+        last_query = _last(query, segment_ids, before.last_query)
+        return p, CosineState(last_query, last_segment(segment_ids, before.segment))
 
     def empty_state(self, batch: int, width: int) -> CosineState:
-        return CosineState(jnp.zeros((batch, width), jnp.float32), jnp.zeros(batch, bool))
+        return CosineState(jnp.zeros((batch, width), jnp.float32), jnp.zeros(batch, jnp.int32))
 
 
 class StrideRouter(nn.Module):
-    """Fixed width: every `stride`-th token of a segment, as in MegaByte (arXiv 2305.07185)."""
+    """A router of fixed width: every `stride`-th token of a segment, as in MegaByte (arXiv 2305.07185)."""
 
     stride: int
 
@@ -132,25 +133,27 @@ class StrideRouter(nn.Module):
         self, x: Float[Array, "b t d"], segment_ids: Int[Array, "b t"], hints: RouterHints = NO_HINTS,
         state: StrideState | None = None,
     ) -> tuple[Float[Array, "b t"], StrideState]:
-        num_new = jnp.sum(segment_ids != 0, axis=1, dtype=jnp.int32)
-        num_seen = jnp.zeros(x.shape[0], jnp.int32) if state is None else state.num_seen
-        position = num_seen[:, None] + segment_positions(segment_ids)
-        p = _certain((position % self.stride == 0).astype(jnp.float32), segment_ids, num_seen > 0)
-        return p, StrideState(num_seen + num_new)
+        before = state or self.empty_state(x.shape[0], x.shape[-1])
+        carried = carried_segment(segment_ids, before.segment)
+        is_carried = (segment_ids != 0) & (segment_ids == carried[:, None])
+        position = jnp.where(is_carried, before.num_seen[:, None], 0) + segment_positions(segment_ids)
+        p = _certain((position % self.stride == 0).astype(jnp.float32), segment_ids, before.segment)
+        num_seen = _last(position + 1, segment_ids, before.num_seen)
+        return p, StrideState(num_seen, last_segment(segment_ids, before.segment))
 
     def empty_state(self, batch: int, width: int) -> StrideState:
-        return StrideState(jnp.zeros(batch, jnp.int32))
+        return StrideState(jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.int32))
 
 
 @typed
 def is_spacelike(tokens: Int[Array, "b t"]) -> Bool[Array, "b t"]:
-    """True for bytes that are no ASCII letter, no digit and no UTF-8 continuation (arXiv 2404.14408)."""
+    """Marks bytes that are no ASCII letter, no digit and no UTF-8 continuation with True (arXiv 2404.14408)."""
     in_words = ((ord("0"), ord("9")), (ord("A"), ord("Z")), (ord("a"), ord("z")), (0x80, 0xBF))
     return ~jnp.any(jnp.stack([(tokens >= low) & (tokens <= high) for low, high in in_words]), axis=0)
 
 
 class SpaceRouter(nn.Module):
-    """After words: a chunk begins at a spacelike byte that follows one which is not (arXiv 2404.14408)."""
+    """A router that cuts after words: at a spacelike byte that follows one which is not (arXiv 2404.14408)."""
 
     @typed
     def __call__(
@@ -164,17 +167,16 @@ class SpaceRouter(nn.Module):
         # At the first real token of a row this looks back into the state, or is overruled by _certain.
         starts = segment_starts(segment_ids)
         was_space = jnp.where(starts, before.was_space[:, None], jnp.pad(is_space[:, :-1], ((0, 0), (1, 0))))
-        p = _certain((is_space & ~was_space).astype(jnp.float32), segment_ids, before.has_seen)
-        is_read = _any_real(segment_ids)
-        last = jnp.where(is_read, last_real(is_space, segment_ids), before.was_space)
-        return p, SpaceState(last, before.has_seen | is_read)
+        p = _certain((is_space & ~was_space).astype(jnp.float32), segment_ids, before.segment)
+        last = _last(is_space, segment_ids, before.was_space)
+        return p, SpaceState(last, last_segment(segment_ids, before.segment))
 
     def empty_state(self, batch: int, width: int) -> SpaceState:
-        return SpaceState(jnp.zeros(batch, bool), jnp.zeros(batch, bool))
+        return SpaceState(jnp.zeros(batch, bool), jnp.zeros(batch, jnp.int32))
 
 
 class GivenRouter(nn.Module):
-    """Boundaries that the caller brings: where `hints.boundary_levels` is above 0."""
+    """A router that cuts where its caller says: at tokens with `hints.boundary_levels` above 0."""
 
     @typed
     def __call__(
@@ -183,15 +185,15 @@ class GivenRouter(nn.Module):
     ) -> tuple[Float[Array, "b t"], GivenState]:
         levels = hints.boundary_levels
         if levels is None:
-            if not self.is_initializing():  # which is about parameters, and there are none
+            if not self.is_initializing():  # it draws parameters, and there are none
                 raise ValueError('the router "given" needs boundary_levels [b, t]: pass them with the tokens')
             levels = jnp.zeros_like(segment_ids)
         before = state or self.empty_state(x.shape[0], x.shape[-1])
-        p = _certain((levels > 0).astype(jnp.float32), segment_ids, before.has_seen)
-        return p, GivenState(before.has_seen | _any_real(segment_ids))
+        p = _certain((levels > 0).astype(jnp.float32), segment_ids, before.segment)
+        return p, GivenState(last_segment(segment_ids, before.segment))
 
     def empty_state(self, batch: int, width: int) -> GivenState:
-        return GivenState(jnp.zeros(batch, bool))
+        return GivenState(jnp.zeros(batch, jnp.int32))
 
 
 RouterState = CosineState | StrideState | SpaceState | GivenState | Any
