@@ -70,7 +70,8 @@ def init_decode_state(config: HNetConfig, batch: int, max_length: int) -> Decode
         return StageState(
             encoder,
             router=make_router(stage).empty_state(batch, stage.width),
-            pool=None if stage.downsampler == "first" else PoolState.empty(stage.downsampler, (batch, stage.width)),
+            pool=None if stage.downsampler == "first" else PoolState.empty(
+                stage.downsampler, (batch, stage.width)),
             chunk_value=value,
             token_value=value if stage.upsampler == "smooth_tokens" else None,
             num_chunks=jnp.zeros(batch, jnp.int32),

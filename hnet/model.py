@@ -158,7 +158,8 @@ class HNet(nn.Module):
             state = state.replace(
                 encoder=encoder_state, router=router_state, pool=chunked.pool, chunk_value=chunked.chunk_value,
                 token_value=token_value, num_chunks=num_chunks,
-                last_segment=last_segment(segment_ids, state.last_segment), decoder=decoder_state, inner=chunked.inner)
+                last_segment=last_segment(segment_ids, state.last_segment),
+                decoder=decoder_state, inner=chunked.inner)
         return y[..., :outer_width], {f"stage{self.index}": output, **chunked.stages}, state
 
     def _stack(self, runs: tuple[tuple[str, int], ...], name: str) -> Isotropic:

@@ -38,8 +38,8 @@ class Partition:
       first_token: [b, c] int32, the token that starts the chunk in each slot; t if the slot is empty.
       chunk_segment_ids: [b, c] int32, the segment of each chunk; 0 for an empty slot.
       num_overflow: [b] int32, boundaries past the last slot; their tokens join the chunk before.
-      carried_segment: [b] int32, the segment of the chunk that each row came in with, from earlier calls; its tokens
-        read that chunk where they read no slot. 0: there is none.
+      carried_segment: [b] int32, the segment of the chunk that each row came in with, from earlier calls; its
+        tokens read that chunk where they read no slot. 0: there is none.
       block: every slot holds this many tokens of the row, in order; None: chunks have any length.
     """
 
