@@ -5,7 +5,6 @@
 Work is counted at config.data.sequence_length and at config.tokens_per_chunk, which is how many of its own tokens
 each stage has in a chunk and what a run aims at. --bytes_per_chunk says instead what a run realised.
 """
-import argparse
 import dataclasses
 import itertools
 import json
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from experiments import commands
 from experiments.analysis.flops import model_flops_per_byte
 from experiments.config import RunConfig
 from experiments.config.files import load_config, split_overrides
@@ -39,9 +39,7 @@ class Part(NamedTuple):
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.describe", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = commands.parser(__doc__, "describe")
     parser.add_argument("--config", required=True, help="a name in configs/, or the path of a config file")
     parser.add_argument("--bytes_per_chunk", metavar="BYTES,...",
                         help="bytes in a chunk of each stage that chunks, outermost first, such as 2.7,7.0")

@@ -2,7 +2,6 @@
 
   python -m experiments.evaluate --workdir=runs/quickstart [--step=400] [--config.eval_bytes=1000000]
 """
-import argparse
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -11,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from experiments import commands
 from experiments.config import RunConfig
 from experiments.data import Batch, Corpus, EvaluationSource, WindowSource
 from experiments.errors import run_command
@@ -23,11 +23,7 @@ Evaluate = Callable[[Any, Iterable[Batch]], dict[str, float]]
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.evaluate", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", required=True, help="a run that saved a checkpoint")
-    parser.add_argument("--step", type=int, help="the checkpoint to evaluate; the newest by default")
+    parser = commands.run_parser(__doc__, "evaluate", purpose="to evaluate")
     run = open_run(parser, argv)
     source = held_out(run.config, run.corpus())
     with use_mesh(run.mesh):

@@ -4,7 +4,6 @@
 
 The name says what kind of file it is: .pt (which needs torch), .safetensors or .npz. x.json describes the model.
 """
-import argparse
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import commands
 from experiments.config.files import split_overrides
 from experiments.errors import UsageError, run_command
 from experiments.import_official import import_package
@@ -25,11 +25,7 @@ Write = Callable[[Path, dict[str, np.ndarray]], None]
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.export_official", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", required=True, help="a run that saved a checkpoint")
-    parser.add_argument("--step", type=int, help="the checkpoint to export; the newest by default")
+    parser = commands.run_parser(__doc__, "export_official", purpose="to export")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("out", help="a .pt, .safetensors or .npz file to make")
     arguments = parser.parse_args(split_overrides(argv)[0])

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments import commands
 from experiments.config import RunConfig
 from experiments.errors import UsageError, run_command
 from experiments.runs.saved_run import open_run
@@ -20,11 +21,7 @@ from hnet import generate as generate_tokens
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.generate", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", required=True, help="a run that saved a checkpoint")
-    parser.add_argument("--step", type=int, help="the checkpoint to use; the newest by default")
+    parser = commands.run_parser(__doc__, "generate", purpose="to use")
     parser.add_argument("--prompt", default="", help="text to continue; empty starts a new document")
     parser.add_argument("--prompt_file", type=Path, help="a file whose content is the prompt, of any length")
     parser.add_argument("--length", type=int, default=200, help="bytes to add")

@@ -5,7 +5,6 @@
 Weights are read from .pt (which needs torch), .safetensors or .npz, under the release's names. The checkpoint
 holds no optimizer's state: another run may start from its weights, but this one cannot be trained on.
 """
-import argparse
 import contextlib
 import importlib
 from collections.abc import Callable, Iterator, Mapping
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import commands
 from experiments.config import DataConfig, RunConfig
 from experiments.config.files import config_to_json
 from experiments.errors import UsageError, run_command
@@ -30,9 +30,7 @@ SEQUENCE_LENGTH = 8192  # bytes; what the released models were trained on
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.import_official", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = commands.parser(__doc__, "import_official")
     parser.add_argument("weights", help="a .pt, .safetensors or .npz file")
     parser.add_argument("config", help="the release's .json file for it")
     parser.add_argument("out", help="the run directory to make")

@@ -7,12 +7,12 @@ The terminal shows the chunks of every stage in colour, or cut by "|" where it h
 statistics; the page has the whole text with the probability of every boundary. Words are explained in
 experiments/analysis/chunk_statistics.py and experiments/perturbations.py.
 """
-import argparse
 import os
 import sys
 import textwrap
 from pathlib import Path
 
+from experiments import commands
 from experiments.analysis.boundaries import chunk_texts
 from experiments.analysis.chunk_statistics import bits_per_byte, place_table, stage_statistics, stage_table
 from experiments.analysis.perturbations import effect_table, effects, perturb
@@ -26,11 +26,7 @@ PERTURBED_BYTES = 20_000  # of the text, as there are eight changes of it to rea
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.inspect", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", required=True, help="a run that saved a checkpoint")
-    parser.add_argument("--step", type=int, help="the checkpoint to look into; the newest by default")
+    parser = commands.run_parser(__doc__, "inspect", purpose="to look into")
     parser.add_argument("--text", help="what the model reads")
     parser.add_argument("--file", help="a file of any bytes to read instead")
     parser.add_argument("--show", type=int, default=2000, help="bytes to show in the terminal")

@@ -2,10 +2,10 @@
 
   python -m experiments.report --workdir=runs/quickstart
 """
-import argparse
 import json
 from pathlib import Path
 
+from experiments import commands
 from experiments.analysis.boundaries import chunk_texts
 from experiments.config.files import config_to_json
 from experiments.data import Corpus
@@ -22,11 +22,7 @@ PROMPTS = ("def ", "class ", "The ")
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.report", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workdir", required=True, help="a run that saved a checkpoint")
-    parser.add_argument("--step", type=int, help="the checkpoint to show; the newest by default")
+    parser = commands.run_parser(__doc__, "report", purpose="to show")
     print(_write(open_run(parser, argv)))
 
 

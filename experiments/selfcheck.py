@@ -5,7 +5,6 @@
 For each op, implementation and dtype: the error of values and gradients, root mean square over that of the exact
 result, which the float32 reference gives for the same, rounded inputs. Exits with 1 if one is above its limit.
 """
-import argparse
 import functools
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import commands
 from experiments.errors import run_command
 from experiments.pages.tables import aligned
 from layers import (
@@ -44,9 +44,7 @@ class Check(NamedTuple):
 
 
 def main(argv: list[str]) -> None:
-    argparse.ArgumentParser(
-        prog="python -m experiments.selfcheck", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
+    commands.parser(__doc__, "selfcheck").parse_args(argv)
     device = jax.devices()[0]
     print(f"{device.device_kind}, jax {jax.__version__}; each line takes a few seconds", flush=True)
     rows = [("op", "case", "implementation", "dtype", "values", "gradients", "")]

@@ -7,7 +7,6 @@ them. The same command again leaves finished runs alone and goes on with the oth
 run), table.md (a row per config) and plot.svg. A run that fails is reported, the others go on, and the exit code
 is 1. SIGTERM and Ctrl-C stop the runs, which save a checkpoint each.
 """
-import argparse
 import contextlib
 import dataclasses
 import fcntl
@@ -19,6 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from experiments import commands
 from experiments.analysis.flops import model_flops_per_byte
 from experiments.config import RunConfig
 from experiments.config.files import config_from_json, flat_fields, load_config, split_overrides
@@ -46,9 +46,7 @@ class Run:
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.sweep", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = commands.parser(__doc__, "sweep")
     parser.add_argument("--configs", required=True, help="names in configs/ or paths of config files, with commas")
     parser.add_argument("--seeds", type=int, default=3, help="run seeds 0 to this - 1 of every config")
     parser.add_argument("--outdir", required=True, help="the directory of the runs, the table and the plot")

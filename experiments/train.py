@@ -5,7 +5,6 @@
 A run directory holds config.json, manifest.json, metrics.jsonl, checkpoints/, tb/ and report.html. SIGTERM saves a
 checkpoint and exits with 143, so that a launcher can tell a preempted run from a finished one.
 """
-import argparse
 import contextlib
 import signal
 import threading
@@ -17,6 +16,7 @@ from typing import NamedTuple
 import jax
 from jax.sharding import Mesh
 
+from experiments import commands
 from experiments.analysis.reference_lines import corpus_reference_lines
 from experiments.config import RunConfig
 from experiments.config.files import config_to_json, load_config, split_overrides
@@ -37,9 +37,7 @@ SIGTERM_EXIT = 143  # 128 + SIGTERM, as a shell reports it
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.train", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = commands.parser(__doc__, "train")
     parser.add_argument("--config", required=True, help="a name in configs/, or the path of a config file")
     parser.add_argument("--workdir", required=True, help="the run directory; an existing run is resumed")
     arguments, overrides = split_overrides(argv)

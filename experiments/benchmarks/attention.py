@@ -12,7 +12,6 @@ dense times the density: 1 where work follows it. `lists` and `transpose` are wh
 
 --tune times sizes of blocks at a density of 1/8 and writes the table of them.
 """
-import argparse
 import functools
 import itertools
 from collections.abc import Callable
@@ -23,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import commands
 from experiments.benchmarks.timing import interleaved_seconds, write_results
 from experiments.errors import run_command
 from experiments.pages.pictures import Row, Rows, picture
@@ -50,9 +50,7 @@ BLOCK = {"cpu": 128, "gpu": 128, "tpu": 512}
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.benchmarks.attention", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = commands.parser(__doc__, "benchmarks.attention")
     parser.add_argument("--preset", choices=PRESETS, default="quick")
     parser.add_argument("--outdir", type=Path, default=Path("docs/benchmarks"), help="where the results go")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls of each way")

@@ -7,7 +7,6 @@ does in text. All ways compute the same numbers, because none demotes a boundary
 `rows` fits the fullest row and `packed` the whole batch, both with 5 % to spare; `grow` starts from the mean of
 the rows.
 """
-import argparse
 import dataclasses
 import math
 from functools import partial
@@ -17,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import commands
 from experiments.analysis.flops import count_flops
 from experiments.benchmarks.timing import interleaved_seconds, write_results
 from experiments.errors import run_command
@@ -32,9 +32,7 @@ INNER = {
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.benchmarks.capacity", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = commands.parser(__doc__, "benchmarks.capacity")
     parser.add_argument("--outdir", type=Path, default=Path("docs/benchmarks"), help="where the JSON goes")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls of each way")
     arguments = parser.parse_args(argv)

@@ -6,13 +6,13 @@ Models with random weights read random bytes, so rows begin chunks at different 
 stage runs in about every second step for one row, and in every step for many rows. `over_one_row` is the time of
 a step relative to one row; if it were 32 for 32 rows, the batch would save nothing.
 """
-import argparse
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import commands
 from experiments.benchmarks.timing import interleaved_seconds, write_results
 from experiments.config import RunConfig
 from experiments.config.files import load_config
@@ -24,9 +24,7 @@ MAX_LENGTH, STEPS = 256, 32  # bytes a state can hold per row; steps in one time
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.benchmarks.decoding", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = commands.parser(__doc__, "benchmarks.decoding")
     parser.add_argument("--outdir", type=Path, default=Path("docs/benchmarks"), help="where the JSON goes")
     parser.add_argument("--repeats", type=int, default=20, help=f"timed calls of {STEPS} steps")
     arguments = parser.parse_args(argv)

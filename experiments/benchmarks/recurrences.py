@@ -9,7 +9,6 @@ the same pass: below 1 is faster. `temporary_mib` is what XLA sets aside beside 
 On a GPU or TPU also the kernels; and that for diagonal states in 8 rows of 4096 tokens with 2048 channels: GB/s of
 the bytes that must be moved, and the time over that of a pass which only adds and moves as many.
 """
-import argparse
 import functools
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import commands
 from experiments.benchmarks.timing import interleaved_seconds, write_results
 from experiments.errors import run_command
 from layers import diagonal_recurrence, dplr_recurrence, gated_delta_rule, gated_linear_attention
@@ -30,9 +30,7 @@ MEMORY_SHAPE = (8, 4096, 2048)
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.benchmarks.recurrences", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = commands.parser(__doc__, "benchmarks.recurrences")
     parser.add_argument("--outdir", type=Path, default=Path("docs/benchmarks"), help="where the JSON goes")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls of each way")
     arguments = parser.parse_args(argv)

@@ -10,7 +10,6 @@ OUTDIR/ gets runs/ (a file per finished run), results.json (all of them), table.
 learning rate) and plot.svg. The same command again leaves finished runs alone and goes on with the others. A run
 that fails is reported, the others go on, and the exit code is 1.
 """
-import argparse
 import functools
 import math
 import signal
@@ -20,6 +19,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from experiments import commands
 from experiments.config.files import CONFIGS_DIRECTORY, load_config, split_overrides
 from experiments.errors import UsageError, run_command
 from experiments.runs.grid import write_findings
@@ -43,9 +43,7 @@ class Run(NamedTuple):
 
 
 def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.tasks", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = commands.parser(__doc__, "tasks")
     parser.add_argument("--config", required=True, help="a name in configs/tasks/ or the path of a config file")
     parser.add_argument("--mixers", default="", help="layouts, with commas; those of the config by default")
     parser.add_argument("--seeds", type=int, default=1, help="train with seeds 0 to this - 1")

@@ -1,0 +1,21 @@
+"""Parsers of command lines: each prints the docstring of its command as help and takes no abbreviations."""
+import argparse
+
+
+def parser(docstring: str, name: str) -> argparse.ArgumentParser:
+    """Returns a parser without arguments for `python -m experiments.<name>`."""
+    return argparse.ArgumentParser(
+        prog=f"python -m experiments.{name}", description=docstring, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def run_parser(docstring: str, name: str, *, purpose: str) -> argparse.ArgumentParser:
+    """Returns a parser with the arguments that name a checkpoint: --workdir and --step.
+
+    Args:
+      purpose: completes "the checkpoint", as in "to evaluate".
+    """
+    made = parser(docstring, name)
+    made.add_argument("--workdir", required=True, help="a run that saved a checkpoint")
+    made.add_argument("--step", type=int, help=f"the checkpoint {purpose}; the newest by default")
+    return made
