@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 def array_checksums(tree: Any) -> dict[str, list[int]]:
     """Returns two 32-bit sums for each array, by path; the same on any mesh, integer sums having no order."""
-    sums = jax.device_get({path: _checksum(array) for path, array in leaves_by_path(tree).items()})
+    sums = jax.device_get(_checksums(leaves_by_path(tree)))
     return {path: [int(plain), int(weighted)] for path, (plain, weighted) in sums.items()}
 
 
@@ -18,6 +18,12 @@ def leaves_by_path(tree: Any) -> dict[str, Any]:
 
 
 @jax.jit
+def _checksums(arrays: dict[str, jax.Array]) -> dict[str, tuple[jax.Array, jax.Array]]:
+    # One program for all arrays. With one for each, all of them are in flight at once, each with a sum over the
+    # mesh, and the few threads of a CPU wait for one another in different programs for ever.
+    return {path: _checksum(array) for path, array in arrays.items()}
+
+
 def _checksum(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Sums the bit patterns of `x`, plainly and weighted by place, modulo 2^32.
 

@@ -252,6 +252,26 @@ def test_a_state_saved_on_one_mesh_is_restored_onto_another(tmp_path):
     assert run_python(script, tmp_path, XLA_FLAGS="--xla_force_host_platform_device_count=4") == 0
 
 
+def test_saves_on_a_mesh_follow_one_another_without_a_deadlock(tmp_path):
+    """Programs of several arrays that are in flight at once wait for one another's threads."""
+    script = """
+        import sys
+        import jax, jax.numpy as jnp
+        from jax.sharding import NamedSharding, PartitionSpec as P
+        from experiments.runs.checkpoints import Checkpoints
+
+        mesh = jax.make_mesh((2, 2), ("data", "model"))
+        state = {f"w{i}": jax.device_put(jnp.ones((8 + 2 * (i % 3), 16)), NamedSharding(mesh, P(None, "model")))
+                 for i in range(120)}
+        checkpoints = Checkpoints(sys.argv[1], keep=2)
+        for step in range(1, 7):
+            checkpoints.save(step, state, {})
+        checkpoints.close()
+    """
+    assert run_python(script, tmp_path, XLA_FLAGS="--xla_force_host_platform_device_count=4") == 0
+    assert (tmp_path / "6").is_dir()
+
+
 def run_python(script: str, directory: Path, **environment: str) -> int:
     repository = Path(__file__).resolve().parents[3]
     return subprocess.run(
