@@ -34,6 +34,7 @@ from layers.attention.patterns import (
     sliding_window_attention,
 )
 from layers.cache.kv_cache import KVCache, KVUpdate, cached_attention
+from layers.chunking.chunker import Chunker, ChunkInfo
 from layers.chunking.gather import chunk, dechunk, pack_rows, straight_through
 from layers.chunking.partition import Partition, pack_segments
 from layers.chunking.ratio_loss import ratio_loss
@@ -92,13 +93,13 @@ from layers.recurrences.ttt_linear import TTTState, ttt_linear
 
 __all__ = [
     "CAUSAL", "GLA", "HGRN2", "MLSTM", "S5", "SAME_SEGMENT", "Attended", "Attention", "Bits", "BlockLists",
-    "Causal", "CausalDepthwiseConv", "Choice", "CosineRouter", "DeltaNetState", "GLAState", "GatedDeltaNet",
-    "GivenRouter", "GriffinRecurrentBlock", "GriffinState", "HGRN2State", "KVCache", "KVUpdate",
-    "LinearAttentionState", "MLSTMMemory", "Mamba2", "Mamba2State", "Mask", "MaskSpec", "MinGRU", "MinGRUState",
-    "NativeSparseAttention", "Partition", "PoolState", "PoolingScores", "RGLRUState", "RMSNorm", "RWKV7State",
-    "RWKV7TimeMix", "RouterHints", "RouterState", "S5State", "SameSegment", "SlotState", "SpaceRouter",
-    "SparseAttention", "StrideRouter", "SwiGLU", "TTTState", "TokenInfo", "Window", "attend",
-    "big_bird_attention", "block_sparse_attention", "boundary_probability", "cached_attention",
+    "Causal", "CausalDepthwiseConv", "Choice", "ChunkInfo", "Chunker", "CosineRouter", "DeltaNetState",
+    "GLAState", "GatedDeltaNet", "GivenRouter", "GriffinRecurrentBlock", "GriffinState", "HGRN2State",
+    "KVCache", "KVUpdate", "LinearAttentionState", "MLSTMMemory", "Mamba2", "Mamba2State", "Mask", "MaskSpec",
+    "MinGRU", "MinGRUState", "NativeSparseAttention", "Partition", "PoolState", "PoolingScores", "RGLRUState",
+    "RMSNorm", "RWKV7State", "RWKV7TimeMix", "RouterHints", "RouterState", "S5State", "SameSegment",
+    "SlotState", "SpaceRouter", "SparseAttention", "StrideRouter", "SwiGLU", "TTTState", "TokenInfo", "Window",
+    "attend", "big_bird_attention", "block_sparse_attention", "boundary_probability", "cached_attention",
     "carried_segment", "causal_depthwise_conv", "choose", "choose_in_groups", "chunk", "chunk_lengths",
     "chunk_pooled", "dechunk", "diagonal_recurrence", "dilated_attention", "discretize", "document_attention",
     "dot_product_attention", "dplr_recurrence", "gated_delta_product", "gated_delta_rule",
