@@ -56,7 +56,7 @@ def make_evaluate(config: RunConfig, mesh: Mesh) -> Evaluate:
             "bytes": jnp.sum(target_mask(batch)),
         }
         for name, stage in output.stages.items():
-            counts[f"{name}/tokens"] = jnp.sum(stage.mask)
+            counts[f"{name}/tokens"] = jnp.sum(stage.is_real)
             counts[f"{name}/chunks"] = jnp.sum(stage.boundary_mask)
         return counts
 

@@ -48,10 +48,10 @@ def byte_boundaries(
 
     Positions count tokens of stage 0. The run must have had full capacity; otherwise slots and boundaries differ.
     """
-    position = np.flatnonzero(np.asarray(stages["stage0"].mask[row])) if stages else None
+    position = np.flatnonzero(np.asarray(stages["stage0"].is_real[row])) if stages else None
     found = {}
     for name, stage in stages.items():
-        mask = np.asarray(stage.mask[row])
+        mask = np.asarray(stage.is_real[row])
         boundary = np.asarray(stage.boundary_mask[row])[mask]
         found[name] = position, np.asarray(stage.boundary_prob[row])[mask], boundary
         position = position[boundary]

@@ -76,7 +76,7 @@ def stage_metrics(output: HNetOutput) -> Metrics:
     metrics = {}
     for name, stage in output.stages.items():
         of_stage = stage.metrics()
-        num_bytes = jnp.sum(output.stages["stage0"].mask, dtype=jnp.float32)
+        num_bytes = jnp.sum(output.stages["stage0"].is_real, dtype=jnp.float32)
         num_chunks = of_stage["boundaries"] - of_stage["overflow_boundaries"]
         of_stage["bytes_per_chunk"] = num_bytes / jnp.maximum(num_chunks, 1)
         metrics |= {f"{name}/{key}": value for key, value in of_stage.items()}

@@ -58,13 +58,13 @@ def test_grow_takes_the_smallest_capacity_that_fits_the_fullest_row(counts):
     exact = counts.max() / T
     for first, expected in ((exact, counts.max()), (exact - 1 / T, T)):
         config = CONFIG.with_stages(capacity=first, overflow="grow")
-        assert int(_run(config).stages["stage0"].capacity) == expected
+        assert int(_run(config).stages["stage0"].num_slots) == expected
     # The same program takes another way for another batch: rows of one repeated byte need few slots.
     grows = CONFIG.with_stages(capacity=0.1, overflow="grow", grow_to=(0.8, 1.0))
     still = _run(grows, np.full_like(TOKENS, 7)).stages["stage0"]
-    assert int(still.capacity) in (4, 26, T) and int(still.boundary_mask.sum(1).max()) <= int(still.capacity)
+    assert int(still.num_slots) in (4, 26, T) and int(still.boundary_mask.sum(1).max()) <= int(still.num_slots)
     empty = _run(grows, TOKENS, 0 * ONES).stages["stage0"]
-    assert int(empty.capacity) == 4
+    assert int(empty.num_slots) == 4
     assert compiled(grows)._cache_size() == 1
 
 
@@ -74,7 +74,7 @@ def test_packed_rows_need_slots_for_their_mean_and_not_for_the_worst(counts):
     packed = _run(CONFIG.with_stages(capacity=capacity, overflow="error", packed=True))
     alone = _run(CONFIG.with_stages(capacity=capacity, overflow="error"))
     assert np.isfinite(packed.logits).all() and not np.isfinite(alone.logits).all()
-    assert int(packed.stages["stage0"].capacity) == counts.sum() + 1
+    assert int(packed.stages["stage0"].num_slots) == counts.sum() + 1
 
 
 def test_error_makes_exactly_the_rows_that_overflow_nan(counts, full):
@@ -105,7 +105,7 @@ def test_all_devices_grow_alike_and_each_packs_its_own_rows(packed, full):
         run = jax.jit(lambda params, tokens: HNetLM(config).apply({"params": params}, tokens))
         output = run(PARAMS, jax.device_put(tokens, batch_sharding(mesh)))
     np.testing.assert_allclose(output.logits[4:], full[0].logits, atol=SAME_COMPUTATION)
-    assert int(output.stages["stage0"].capacity) == (2 * T if packed else T)  # two rows a device
+    assert int(output.stages["stage0"].num_slots) == (2 * T if packed else T)  # two rows a device
     assert len(output.logits.sharding.device_set) == 4 and not output.logits.sharding.is_fully_replicated
 
 
@@ -154,4 +154,4 @@ def test_a_stage_may_grow_around_one_whose_rows_are_packed():
     whole = compiled(config.at_full_capacity())(params, TOKENS, ONES)
     np.testing.assert_allclose(grown.logits, whole.logits, atol=SAME_COMPUTATION)
     outside, inside = grown.stages["stage1"], grown.stages["stage2"]
-    assert inside.mask.shape[0] == 1 and inside.mask.sum() == outside.boundary_mask.sum()
+    assert inside.is_real.shape[0] == 1 and inside.is_real.sum() == outside.boundary_mask.sum()

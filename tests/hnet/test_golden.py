@@ -39,7 +39,7 @@ def _under(data, prefix):
 def _check_stages(output, data):
     """Masks exactly, probabilities closely: real tokens of every stage, in order."""
     for name, stage in output.stages.items():
-        mask = np.asarray(stage.mask)
+        mask = np.asarray(stage.is_real)
         np.testing.assert_array_equal(np.asarray(stage.boundary_mask)[mask], data[f"{name}/boundary_mask"])
         error = np.asarray(stage.boundary_prob)[mask] - data[f"{name}/boundary_prob"][:, 1]
         assert np.abs(error).max() <= GOLDEN_PROBABILITY_ERROR
@@ -115,5 +115,5 @@ def test_rounding_in_the_dechunk_changes_logits_as_much_as_in_the_release(name):
     worst = np.abs(output.logits - data["logits_packed"]).max()
     np.testing.assert_allclose(worst, data["bf16_dechunk_logits_abs_dev"], rtol=0.15)
     for stage_name, stage in output.stages.items():
-        mask = np.asarray(stage.mask)
+        mask = np.asarray(stage.is_real)
         np.testing.assert_array_equal(np.asarray(stage.boundary_mask)[mask], data[f"{stage_name}/boundary_mask"])

@@ -105,10 +105,11 @@ def test_permuting_rows_permutes_outputs():
 
 def test_full_capacity_equals_any_capacity_that_does_not_overflow():
     full = _run(TOKENS, ONES)
-    needed = max(float(stage.boundary_mask.sum(1).max()) / stage.mask.shape[1] for stage in full.stages.values())
+    needed = max(float(stage.boundary_mask.sum(1).max()) / stage.is_real.shape[1]
+                 for stage in full.stages.values())
     tight = _run(TOKENS, ONES, CONFIG.with_stages(capacity=min(needed + 1 / T, 1.0)))
     for name, stage in tight.stages.items():
-        assert stage.capacity < full.stages[name].capacity and (np.asarray(stage.num_overflow) == 0).all()
+        assert stage.num_slots < full.stages[name].num_slots and (np.asarray(stage.num_overflow) == 0).all()
     _same(tight.logits, full.logits)
 
 
@@ -117,7 +118,7 @@ def test_overflow_is_counted_and_demotes_causally():
     output, full = _run(TOKENS, ONES, config), _run(TOKENS, ONES)
     stage = output.stages["stage0"]
     count = np.asarray(full.stages["stage0"].boundary_mask).sum(1)
-    np.testing.assert_array_equal(stage.num_overflow, np.maximum(count - stage.capacity, 0))
+    np.testing.assert_array_equal(stage.num_overflow, np.maximum(count - stage.num_slots, 0))
     assert stage.metrics()["overflow_boundaries"] > 0
     # The reported mask and F are those before the cut.
     np.testing.assert_array_equal(stage.boundary_mask, full.stages["stage0"].boundary_mask)

@@ -79,7 +79,7 @@ def check(case: Case) -> None:
 
     output, unsegmented = whole(case.tokens, case.segment_ids), whole(case.tokens, ones)
     hypothesis.assume(all(
-        (np.abs(np.asarray(stage.boundary_prob)[np.asarray(stage.mask)] - 0.5) > MARGIN).all()
+        (np.abs(np.asarray(stage.boundary_prob)[np.asarray(stage.is_real)] - 0.5) > MARGIN).all()
         for each in (output, unsegmented) for stage in each.stages.values()))
 
     # Overflow is reported when and only when it happened, and makes NaN when and only when it is an error.
@@ -88,10 +88,10 @@ def check(case: Case) -> None:
     inner_error = False
     for index, stage in enumerate(output.stages.values()):
         count, num_over = int(stage.boundary_mask.sum()), np.asarray(stage.num_overflow)
-        slots = int(stage.capacity) * (1 if config.stages[index].packed else num_over.shape[0])
+        slots = int(stage.num_slots) * (1 if config.stages[index].packed else num_over.shape[0])
         assert num_over.sum() <= count
-        if count - num_over.sum() > slots or (count <= int(stage.capacity) and num_over.any()):
-            raise AssertionError(f"stage{index}: {count} boundaries, {num_over} past {int(stage.capacity)} slots")
+        if count - num_over.sum() > slots or (count <= int(stage.num_slots) and num_over.any()):
+            raise AssertionError(f"stage{index}: {count} boundaries, {num_over} past {int(stage.num_slots)} slots")
         if config.stages[index].overflow == "grow":
             assert (num_over == 0).all()
         if is_error[index] and num_over.any():

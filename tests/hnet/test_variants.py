@@ -55,7 +55,7 @@ def variant(request):
 def test_it_chunks_at_every_stage(variant):
     output = variant[3](TOKENS, np.ones_like(TOKENS))
     for name, stage in output.stages.items():
-        count, tokens = int(stage.boundary_mask.sum()), int(stage.mask.sum())
+        count, tokens = int(stage.boundary_mask.sum()), int(stage.is_real.sum())
         assert 3 <= count < tokens, name
 
 

@@ -56,7 +56,7 @@ def _check(chunked, output, bytes_read: slice, window_start: int) -> None:
     inner_positions = np.arange(SIZE)
     for stage in chunked.stages:
         seen = output.stages[stage.name]
-        mask = np.asarray(seen.mask[0])
+        mask = np.asarray(seen.is_real[0])
         prob, boundary = np.full(SIZE, np.nan), np.zeros(SIZE, bool)
         prob[inner_positions] = np.asarray(seen.boundary_prob[0])[mask]
         boundary[inner_positions] = np.asarray(seen.boundary_mask[0])[mask]
