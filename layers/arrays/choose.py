@@ -65,11 +65,15 @@ def choose(
     if top_p is not None:
         may_choose &= _holds_mass(scores, ranking, top_p)
     num_listed = num_entries if top_k is None else min(top_k, num_entries)
-    is_chosen = may_choose if num_listed == num_entries else _among_best(
-        jnp.where(may_choose, ranking, -jnp.inf), num_listed)
-    index = jnp.arange(num_entries, dtype=jnp.int32)
-    ids = jnp.sort(jnp.where(is_chosen, index, num_entries), axis=-1)[..., :num_listed]
-    return Choice(is_chosen, ids, jnp.sum(is_chosen, axis=-1, dtype=jnp.int32))
+    if num_listed == num_entries:
+        is_chosen = may_choose
+        ids = jnp.sort(jnp.where(is_chosen, jnp.arange(num_entries, dtype=jnp.int32), num_entries), axis=-1)
+    else:
+        ranking = jnp.where(may_choose, ranking, -jnp.inf)
+        best, ids = jax.lax.top_k(ranking, num_listed)
+        is_chosen = _among_best(ranking, best)
+        ids = jnp.sort(jnp.where(best > -jnp.inf, ids, num_entries), axis=-1)  # k of them: far fewer than entries
+    return Choice(is_chosen, ids, jnp.sum(ids < num_entries, axis=-1, dtype=jnp.int32))
 
 
 @typed
@@ -99,18 +103,18 @@ def choose_in_groups(
     return choose(scores, top_k=top_k, is_forced=is_forced, is_forbidden=is_forbidden)
 
 
-def _among_best(ranking: jax.Array, k: int) -> jax.Array:
-    """True at the k highest that are not -inf; of those equal to the last one, at the first few."""
-    if k == 0:
+def _among_best(ranking: jax.Array, best: jax.Array) -> jax.Array:
+    """Marks the entries that are not -inf among the k best; of those equal to the last one, the first few."""
+    if best.shape[-1] == 0:
         return jnp.zeros(ranking.shape, bool)
-    last = jax.lax.top_k(ranking, k)[0][..., -1:]
+    last = best[..., -1:]
     is_above, is_tied = ranking > last, (ranking == last) & (ranking > -jnp.inf)
-    num_left = k - jnp.sum(is_above, axis=-1, keepdims=True)
+    num_left = best.shape[-1] - jnp.sum(is_above, axis=-1, keepdims=True)
     return is_above | (is_tied & (jnp.cumsum(is_tied, axis=-1) <= num_left))
 
 
 def _holds_mass(scores: jax.Array, ranking: jax.Array, top_p: Scalar) -> jax.Array:
-    """True at the entries that those ranked before them leave short of `top_p` of the mass."""
+    """Marks the entries that those ranked before them leave short of `top_p` of the mass."""
     mass = jnp.where(ranking > -jnp.inf, jnp.where(scores > -jnp.inf, scores, 0), 0).astype(jnp.float32)
     order = jnp.argsort(-ranking, axis=-1, stable=True)
     ordered = jnp.take_along_axis(mass, order, axis=-1)
