@@ -8,7 +8,7 @@ from flax import struct
 from hnet.config import HNetConfig, num_slots
 from hnet.routers import make_router
 from hnet.stack import MixerState, MixerUpdate, empty_state
-from layers import KVCache, PoolState
+from layers import KeepAll, KVCache, PoolState, empty_update
 
 
 @struct.dataclass
@@ -91,7 +91,7 @@ def init_decode_state(config: HNetConfig, batch: int, max_length: int) -> Decode
 def advance(before: StageState, after: StageState) -> StageState:
     """Applies what a stage returned: its caches grow by their updates, everything else is as it came back."""
     def one(old, new):
-        return jax.vmap(KVCache.append)(old, new) if isinstance(old, KVCache) else new  # layers are stacked
+        return jax.vmap(KeepAll().append)(old, new) if isinstance(old, KVCache) else new  # layers are stacked
 
     return jax.tree.map(one, before, after, is_leaf=_is_cache)
 
@@ -99,7 +99,7 @@ def advance(before: StageState, after: StageState) -> StageState:
 def unchanged(state: StageState) -> StageState:
     """What a stage returns that has read one padding token per row."""
     def one(old):
-        return jax.vmap(KVCache.nothing_new)(old) if isinstance(old, KVCache) else old
+        return jax.vmap(empty_update)(old) if isinstance(old, KVCache) else old
 
     return jax.tree.map(one, state, is_leaf=_is_cache)
 

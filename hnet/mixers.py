@@ -19,7 +19,6 @@ from layers import (
     Attention,
     GatedDeltaNet,
     GriffinRecurrentBlock,
-    KVCache,
     Mamba2,
     MinGRU,
     RWKV7TimeMix,
@@ -33,15 +32,13 @@ def make_mixer(mixer: str, stage: StageConfig, out_init_std: float, dtype: jnp.d
 
 def empty_mixer_state(mixer: str, stage: StageConfig, batch: int, max_length: int, dtype: jnp.dtype) -> Any:
     """Its state before the first token; attention holds up to `max_length` tokens a row."""
-    if mixer == "t":
-        slots = max_length if stage.window < 0 else min(max_length, stage.window + 1)
-        return KVCache.empty(batch, slots, stage.num_heads, stage.width // stage.num_heads, dtype)
-    return make_mixer(mixer, stage, 0.0, dtype, "mixer").empty_state(batch, stage.width)
+    return make_mixer(mixer, stage, 0.0, dtype, "mixer").empty_state(batch, stage.width, max_length)
 
 
 def _attention(stage: StageConfig, **keywords: Any) -> nn.Module:
     return Attention(
-        num_heads=stage.num_heads, rotary_width=stage.rotary_width, window=stage.window, **keywords)
+        num_heads=stage.num_heads, rotary_width=stage.rotary_width,
+        window=None if stage.window < 0 else stage.window, **keywords)
 
 
 def _matrix_state(kind: Callable[..., nn.Module], **fixed: Any) -> Callable[..., nn.Module]:

@@ -33,7 +33,10 @@ from layers.attention.patterns import (
     document_attention,
     sliding_window_attention,
 )
-from layers.cache.kv_cache import KVCache, KVUpdate, cached_attention
+from layers.cache.cached_attention import CachedAttention, cached_attention
+from layers.cache.kv_cache import KVCache, KVUpdate, Placement, empty_update, place
+from layers.cache.policies import POLICIES, KeepAll, KeepRecent, KeepSinksAndRecent, make_policy
+from layers.cache.policy import CachePolicy, keep_best
 from layers.chunking.chunker import Chunker, ChunkInfo
 from layers.chunking.gather import chunk, dechunk, pack_rows, straight_through
 from layers.chunking.partition import Partition, pack_segments
@@ -64,6 +67,7 @@ from layers.mixers.griffin import GriffinRecurrentBlock, GriffinState
 from layers.mixers.hgrn2 import HGRN2, HGRN2State
 from layers.mixers.mamba2 import Mamba2, Mamba2State
 from layers.mixers.min_gru import MinGRU, MinGRUState
+from layers.mixers.mixer import Mixer
 from layers.mixers.mlstm import MLSTM
 from layers.mixers.native_sparse_attention import NativeSparseAttention
 from layers.mixers.rwkv7 import RWKV7State, RWKV7TimeMix
@@ -72,7 +76,7 @@ from layers.mixers.sparse_attention import SparseAttention
 from layers.nn.causal_conv import CausalDepthwiseConv, causal_depthwise_conv
 from layers.nn.feed_forward import SwiGLU
 from layers.nn.norms import RMSNorm, rms_norm
-from layers.nn.rotary import rotary
+from layers.nn.rotary import RotaryScaling, rotary
 from layers.recurrences.diagonal import diagonal_recurrence
 from layers.recurrences.dplr_recurrence import dplr_recurrence
 from layers.recurrences.gated_delta_rule import gated_delta_product, gated_delta_rule
@@ -92,21 +96,23 @@ from layers.recurrences.state_space import discretize, hippo_legs
 from layers.recurrences.ttt_linear import TTTState, ttt_linear
 
 __all__ = [
-    "CAUSAL", "GLA", "HGRN2", "MLSTM", "S5", "SAME_SEGMENT", "Attended", "Attention", "Bits", "BlockLists",
-    "Causal", "CausalDepthwiseConv", "Choice", "ChunkInfo", "Chunker", "CosineRouter", "DeltaNetState",
-    "GLAState", "GatedDeltaNet", "GivenRouter", "GriffinRecurrentBlock", "GriffinState", "HGRN2State",
-    "KVCache", "KVUpdate", "LinearAttentionState", "MLSTMMemory", "Mamba2", "Mamba2State", "Mask", "MaskSpec",
-    "MinGRU", "MinGRUState", "NativeSparseAttention", "Partition", "PoolState", "PoolingScores", "RGLRUState",
-    "RMSNorm", "RWKV7State", "RWKV7TimeMix", "RouterHints", "RouterState", "S5State", "SameSegment",
-    "SlotState", "SpaceRouter", "SparseAttention", "StrideRouter", "SwiGLU", "TTTState", "TokenInfo", "Window",
-    "attend", "big_bird_attention", "block_sparse_attention", "boundary_probability", "cached_attention",
-    "carried_segment", "causal_depthwise_conv", "choose", "choose_in_groups", "chunk", "chunk_lengths",
-    "chunk_pooled", "dechunk", "diagonal_recurrence", "dilated_attention", "discretize", "document_attention",
-    "dot_product_attention", "dplr_recurrence", "gated_delta_product", "gated_delta_rule",
-    "gated_linear_attention", "gated_slot_attention", "hgrn", "hippo_legs", "is_spacelike", "last_real",
-    "last_segment", "linear_attention", "log_linear_attention", "masked_attention", "merge", "merge_by_lse",
-    "min_gru", "mlstm", "moba_attention", "native_sparse_attention", "pack_row_select", "pack_rows",
-    "pack_segments", "paged_attention", "ratio_loss", "retention", "retention_log_decay", "rg_lru", "rms_norm",
+    "CAUSAL", "GLA", "HGRN2", "MLSTM", "POLICIES", "S5", "SAME_SEGMENT", "Attended", "Attention", "Bits",
+    "BlockLists", "CachePolicy", "CachedAttention", "Causal", "CausalDepthwiseConv", "Choice", "ChunkInfo",
+    "Chunker", "CosineRouter", "DeltaNetState", "GLAState", "GatedDeltaNet", "GivenRouter",
+    "GriffinRecurrentBlock", "GriffinState", "HGRN2State", "KVCache", "KVUpdate", "KeepAll", "KeepRecent",
+    "KeepSinksAndRecent", "LinearAttentionState", "MLSTMMemory", "Mamba2", "Mamba2State", "Mask", "MaskSpec",
+    "MinGRU", "MinGRUState", "Mixer", "NativeSparseAttention", "Partition", "Placement", "PoolState",
+    "PoolingScores", "RGLRUState", "RMSNorm", "RWKV7State", "RWKV7TimeMix", "RotaryScaling", "RouterHints",
+    "RouterState", "S5State", "SameSegment", "SlotState", "SpaceRouter", "SparseAttention", "StrideRouter",
+    "SwiGLU", "TTTState", "TokenInfo", "Window", "attend", "big_bird_attention", "block_sparse_attention",
+    "boundary_probability", "cached_attention", "carried_segment", "causal_depthwise_conv", "choose",
+    "choose_in_groups", "chunk", "chunk_lengths", "chunk_pooled", "dechunk", "diagonal_recurrence",
+    "dilated_attention", "discretize", "document_attention", "dot_product_attention", "dplr_recurrence",
+    "empty_update", "gated_delta_product", "gated_delta_rule", "gated_linear_attention", "gated_slot_attention",
+    "hgrn", "hippo_legs", "is_spacelike", "keep_best", "last_real", "last_segment", "linear_attention",
+    "log_linear_attention", "make_policy", "masked_attention", "merge", "merge_by_lse", "min_gru", "mlstm",
+    "moba_attention", "native_sparse_attention", "pack_row_select", "pack_rows", "pack_segments",
+    "paged_attention", "place", "ratio_loss", "retention", "retention_log_decay", "rg_lru", "rms_norm",
     "rotary", "rwkv6_recurrence", "s4d", "s4d_kernel", "s5", "segment_ordinals", "segment_positions",
     "segment_starts", "selected_blocks_attention", "sharded_block_sparse_attention", "sliding_window_attention",
     "smooth", "ssd_scan", "straight_through", "summarize", "summarize_next", "token_info", "ttt_linear",

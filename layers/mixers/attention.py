@@ -1,33 +1,54 @@
 """Multi-head causal self-attention as a layer."""
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
-from layers.array_types import Array, Float, Int, typed
+from layers.array_types import Array, Bool, Float, Int, typed
 from layers.arrays.segments import segment_positions
-from layers.attention.attend import AttentionImplementation, dot_product_attention
-from layers.cache.kv_cache import KVCache, KVUpdate, cached_attention
+from layers.attention.attend import Implementation, attend
+from layers.attention.mask import CAUSAL, SAME_SEGMENT, Mask, Window, token_info
+from layers.cache.cached_attention import cached_attention
+from layers.cache.kv_cache import KVCache, KVUpdate, empty_update, place
+from layers.cache.policies import KeepAll, KeepRecent
+from layers.cache.policy import CachePolicy
+from layers.mixers.mixer import Mixer
 from layers.nn.linear import Linear
-from layers.nn.rotary import rotary
+from layers.nn.norms import rms_norm
+from layers.nn.rotary import RotaryScaling, rotary
 
 
-class Attention(nn.Module):
-    """Multi-head causal self-attention with rotary positions, without biases.
+class Attention(Mixer):
+    """Multi-head causal self-attention with rotary positions, which restart with every segment.
 
-    Positions restart with every segment; with a cache each row is one segment, which the cache began.
+    Query head i reads key head i // (num_heads / num_key_heads). Its state is a cache of keys and values, which a
+    policy keeps; q, k and v are sown into "intermediates" where that collection is mutable.
 
     Attributes:
-      num_heads: heads; must divide the width of the input.
+      num_heads: query heads.
+      num_key_heads: heads of keys and values, which divide num_heads; 0 = num_heads.
+      head_width: features of a head; 0 = width / num_heads.
       rotary_width: features of each head that are rotated; 0 = none.
-      window: earlier tokens that are seen; -1 = all.
+      rotary_base, rotary_scaling: see `rotary`.
+      window: earlier tokens that are seen; None = all.
+      bias: projections of queries, keys and values have biases.
+      qk_norm: queries and keys are normalised per head, before they are rotated.
+      policy: tokens that the cache keeps; None = all that the window lets be seen.
       init_std, out_init_std: standard deviations of the input and output projections at the start.
     """
 
     num_heads: int
-    rotary_width: int
-    window: int = -1
+    num_key_heads: int = 0
+    head_width: int = 0
+    rotary_width: int = 0
+    rotary_base: float = 10_000.0
+    rotary_scaling: RotaryScaling | None = None
+    window: int | None = None
+    bias: bool = False
+    qk_norm: bool = False
+    policy: CachePolicy | None = None
     init_std: float = 0.02
     out_init_std: float = 0.02
-    implementation: AttentionImplementation = "auto"
+    implementation: Implementation = "auto"
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -36,30 +57,132 @@ class Attention(nn.Module):
         self,
         x: Float[Array, "b t d"],
         segment_ids: Int[Array, "b t"] | None = None,
-        cache: KVCache | None = None,
+        state: KVCache | None = None,
     ) -> tuple[Float[Array, "b t d"], KVUpdate | None]:
-        """Returns the output, and what the real tokens are to add to the cache (None if there was none)."""
+        """Returns the output, and the update of the cache (None if there was none).
+
+        Raises:
+          ValueError: the heads do not come out even.
+        """
         width = x.shape[-1]
-        if width % self.num_heads:
-            raise ValueError(f"width {width} is not a multiple of num_heads {self.num_heads}")
+        q, k, v = self._project(x)
         if segment_ids is None:
             segment_ids = jnp.ones(x.shape[:2], jnp.int32)
-        is_real = segment_ids != 0
-        qkv = Linear(
-            (3, self.num_heads, width // self.num_heads), ("embed", None, "heads", "head_width"),
-            init_std=self.init_std, dtype=self.dtype, name="qkv")(x)
-        positions = segment_positions(segment_ids) if cache is None else cache.positions_of(is_real)
-        q = rotary(qkv[:, :, 0], positions, width=self.rotary_width)
-        k = rotary(qkv[:, :, 1], positions, width=self.rotary_width)
-        v = qkv[:, :, 2]
-        update = None
-        if cache is None:
-            y = dot_product_attention(
-                q, k, v, window=self.window, segment_ids=segment_ids, implementation=self.implementation)
+        if state is None:
+            positions = segment_positions(segment_ids)
+            q, k = self._rotate(q, positions), self._rotate(k, positions)
+            self._sow(q, k, v)
+            y, update = self._attend(q, k, v, segment_ids), None
         else:
-            update = KVUpdate(k.astype(cache.k.dtype), v.astype(cache.v.dtype), positions)
-            y = cached_attention(q, cache, update, window=self.window)
+            y, update = self._attend_to_cache(q, k, v, segment_ids, state)
         y = Linear(
             (width,), ("heads", "head_width", "embed"),
             init_std=self.out_init_std, dtype=self.dtype, name="out")(y)
         return y, update
+
+    def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Makes q [b, t, h, k], k and v [b, t, n, k], not rotated yet."""
+        heads, key_heads, head_width = self._sizes(x.shape[-1])
+
+        def project(features, name):
+            axes = (*((None,) if len(features) == 3 else ()), "heads", "head_width")
+            y = Linear(features, ("embed", *axes), init_std=self.init_std, dtype=self.dtype, name=name)(x)
+            if self.bias:
+                init = nn.with_logical_partitioning(nn.initializers.zeros, axes)
+                y = y + self.param(f"{name}_bias", init, features).astype(self.dtype)
+            return y
+
+        if key_heads == heads:
+            qkv = project((3, heads, head_width), "qkv")
+            q, k, v = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        else:
+            # Apart, so that both can be sharded over heads, whose numbers differ.
+            q, kv = project((heads, head_width), "q"), project((2, key_heads, head_width), "kv")
+            k, v = kv[:, :, 0], kv[:, :, 1]
+        if self.qk_norm:
+            init = nn.with_logical_partitioning(nn.initializers.ones, ("head_width",))
+            q = rms_norm(q, self.param("q_norm_scale", init, (head_width,)))
+            k = rms_norm(k, self.param("k_norm_scale", init, (head_width,)))
+        return q, k, v
+
+    def _sizes(self, width: int) -> tuple[int, int, int]:
+        """Query heads, key heads and the width of each."""
+        if not self.head_width and width % self.num_heads:
+            raise ValueError(f"width {width} is not a multiple of num_heads {self.num_heads}")
+        key_heads = self.num_key_heads or self.num_heads
+        if self.num_heads % key_heads:
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_key_heads {key_heads}")
+        return self.num_heads, key_heads, self.head_width or width // self.num_heads
+
+    def _rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        return rotary(x, positions, width=self.rotary_width, base=self.rotary_base, scaling=self.rotary_scaling)
+
+    def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
+        tokens = token_info(q.shape[1], segment_ids=segment_ids)
+        return attend(q, k, v, mask=self._mask, q_tokens=tokens, implementation=self.implementation).o
+
+    def _attend_to_cache(
+        self, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, cache: KVCache
+    ) -> tuple[jax.Array, KVUpdate]:
+        policy, placement = self._policy, place(cache, segment_ids)
+        q, stored_k = self._rotate(q, placement.positions), k
+        k = self._rotate(k, placement.positions)
+        self._sow(q, k, v)
+        k, v = k.astype(cache.k.dtype), v.astype(cache.v.dtype)
+        update = KVUpdate(k, v, placement.positions, segment_ids)
+        read = cache
+        if policy.keys == "unrotated":
+            read = cache._replace(k=self._rotate_slots(cache))
+        y, received = cached_attention(
+            q, read, update, placement, mask=self._mask, with_received="received" in policy.observes)
+        if policy.keys == "unrotated":
+            update = update._replace(k=stored_k.astype(cache.k.dtype))
+        return y, update._replace(received=received, queries=q if "queries" in policy.observes else None)
+
+    def _rotate_slots(self, cache: KVCache) -> jax.Array:
+        """Rotates cached keys [b, n, s, k] by the positions that the cache holds for them."""
+        batch, num_key_heads, num_slots, _ = cache.k.shape
+        positions = jnp.broadcast_to(cache.positions, (batch, num_key_heads, num_slots))
+        rows = cache.k.reshape(batch * num_key_heads, num_slots, 1, -1)
+        return self._rotate(rows, positions.reshape(-1, num_slots)).reshape(cache.k.shape)
+
+    def _sow(self, q: jax.Array, k: jax.Array, v: jax.Array) -> None:
+        for name, value in (("q", q), ("k", k), ("v", v)):
+            self.sow("intermediates", name, value)
+
+    @property
+    def _mask(self) -> Mask:
+        mask = CAUSAL & SAME_SEGMENT
+        return mask if self.window is None else mask & Window(self.window)
+
+    @property
+    def _policy(self) -> CachePolicy:
+        if self.policy is not None:
+            return self.policy
+        return KeepAll() if self.window is None else KeepRecent(self.window + 1)
+
+    def empty_state(self, batch: int, width: int, max_length: int) -> KVCache:
+        """Makes an empty cache for segments of up to `max_length` tokens."""
+        _, key_heads, head_width = self._sizes(width)
+        return self._policy.empty(batch, max_length, key_heads, head_width, self.dtype)
+
+    def empty_update(self, state: KVCache) -> KVUpdate:
+        update = empty_update(state)
+        observes, num_slots = self._policy.observes, state.k.shape[:3]
+        received = jnp.zeros(num_slots, jnp.float32) if "received" in observes else None
+        queries = (jnp.zeros((state.k.shape[0], 1, self.num_heads, state.k.shape[3]), self.dtype)
+                   if "queries" in observes else None)
+        return update._replace(received=received, queries=queries)
+
+    def apply_update(self, state: KVCache, update: KVUpdate) -> KVCache:
+        return self._policy.append(state, update)
+
+    def restart(self, state: KVCache, is_new: Bool[Array, "b"], width: int) -> KVCache:
+        """Returns the state as it is: a cache sees by the segments of new tokens that another has begun."""
+        return state
+
+    def keep_scores(self, state: KVCache) -> Float[Array, "b p s"]:
+        return self._policy.keep_scores(state)
+
+    def compress(self, state: KVCache, budget: int | Int[Array, "..."]) -> KVCache:
+        return self._policy.compress(state, budget)

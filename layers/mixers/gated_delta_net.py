@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Float, Int, typed
+from layers.mixers.mixer import Mixer
 from layers.mixers.parts import ConvolvedHeads, GatedOutput, LowRank, l2_normalize, num_heads_for
 from layers.nn.initializers import a_log_init, dt_bias_init
 from layers.nn.linear import Linear
@@ -22,7 +23,7 @@ class DeltaNetState(NamedTuple):
     memory: jax.Array  # [b, h, k, v] float32
 
 
-class GatedDeltaNet(nn.Module):
+class GatedDeltaNet(Mixer):
     """`gated_delta_rule` with a decay per head or per key channel, convolved unit keys and a gated norm per head.
 
     Attributes:
@@ -52,7 +53,7 @@ class GatedDeltaNet(nn.Module):
         self,
         x: Float[Array, "b t d"],
         segment_ids: Int[Array, "b t"] | None = None,
-        initial_state: DeltaNetState | None = None,
+        state: DeltaNetState | None = None,
     ) -> tuple[Float[Array, "b t d"], DeltaNetState]:
         """Returns the layer's output, 0 at padding, and the state after the last real token of each row.
 
@@ -61,7 +62,7 @@ class GatedDeltaNet(nn.Module):
         """
         num_heads = num_heads_for(x.shape[-1], self.expand, self.head_width)
         q, k, v = self._convolutions(num_heads)
-        state = initial_state or DeltaNetState(None, None, None, None)
+        state = state or DeltaNetState(None, None, None, None)
         q, conv_q = q(x, state.conv_q, segment_ids)
         k, conv_k = k(x, state.conv_k, segment_ids)
         v, conv_v = v(x, state.conv_v, segment_ids)
@@ -103,7 +104,7 @@ class GatedDeltaNet(nn.Module):
     def _low_rank(self, features: tuple[int, ...], axes: tuple[str, ...], name: str) -> LowRank:
         return LowRank(features, axes, self.head_width, self.init_std, self.dtype, name=name)
 
-    def empty_state(self, batch: int, width: int) -> DeltaNetState:
+    def empty_state(self, batch: int, width: int, max_length: int = 0) -> DeltaNetState:
         """The state before the first token, at this model width."""
         num_heads = num_heads_for(width, self.expand, self.head_width)
         key_inputs, value_inputs = (

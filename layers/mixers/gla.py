@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Float, Int, typed
+from layers.mixers.mixer import Mixer
 from layers.mixers.parts import GatedOutput, LowRank, num_heads_for
 from layers.nn.linear import Linear
 from layers.recurrences.gated_linear_attention import gated_linear_attention
@@ -18,7 +19,7 @@ class GLAState(NamedTuple):
     memory: jax.Array  # [b, h, k, v] float32
 
 
-class GLA(nn.Module):
+class GLA(Mixer):
     """`gated_linear_attention` with a decay per key channel, a norm per head and a SiLU gate.
 
     Attributes:
@@ -46,7 +47,7 @@ class GLA(nn.Module):
         self,
         x: Float[Array, "b t d"],
         segment_ids: Int[Array, "b t"] | None = None,
-        initial_state: GLAState | None = None,
+        state: GLAState | None = None,
     ) -> tuple[Float[Array, "b t d"], GLAState]:
         """Returns the layer's output, 0 at padding, and the state after the last real token of each row.
 
@@ -67,12 +68,12 @@ class GLA(nn.Module):
         o, memory = gated_linear_attention(
             project(self.state_size, "q_proj"), project(self.state_size, "k_proj"),
             project(self.head_width, "v_proj"), log_decay, segment_ids=segment_ids,
-            initial_state=None if initial_state is None else initial_state.memory,
+            initial_state=None if state is None else state.memory,
             implementation=self.implementation)
         gate = jax.nn.silu(project(self.head_width, "gate_proj"))
         return GatedOutput(x.shape[-1], self.out_init_std, self.dtype, name="output")(o, gate), GLAState(memory)
 
-    def empty_state(self, batch: int, width: int) -> GLAState:
+    def empty_state(self, batch: int, width: int, max_length: int = 0) -> GLAState:
         """The state before the first token, at this model width."""
         num_heads = num_heads_for(width, self.expand, self.head_width)
         return GLAState(jnp.zeros((batch, num_heads, self.state_size, self.head_width), jnp.float32))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from layers.array_types import Array, Float, Int, typed
+from layers.mixers.mixer import Mixer
 from layers.nn.causal_conv import CausalDepthwiseConv
 from layers.nn.linear import Linear
 from layers.recurrences.diagonal import DiagonalImplementation
@@ -20,7 +21,7 @@ class GriffinState(NamedTuple):
     rg_lru: RGLRUState
 
 
-class GriffinRecurrentBlock(nn.Module):
+class GriffinRecurrentBlock(Mixer):
     """A GELU branch times a branch of convolution and RG-LRU, between two projections; all with bias.
 
     Attributes:
@@ -44,7 +45,7 @@ class GriffinRecurrentBlock(nn.Module):
         self,
         x: Float[Array, "b t d"],
         segment_ids: Int[Array, "b t"] | None = None,
-        initial_state: GriffinState | None = None,
+        state: GriffinState | None = None,
     ) -> tuple[Float[Array, "b t d"], GriffinState]:
         """Returns the block's output, 0 at padding, and the state after the last real token of each row.
 
@@ -55,7 +56,7 @@ class GriffinRecurrentBlock(nn.Module):
         inner = self.inner_width or width
         if inner % self.num_heads:
             raise ValueError(f"inner_width {inner} is not a multiple of num_heads {self.num_heads}")
-        conv_state, rg_lru_state = initial_state or (None, None)
+        conv_state, rg_lru_state = state or (None, None)
 
         def biased(z, features, name, axes, std):
             bias = self.param(
@@ -77,7 +78,7 @@ class GriffinRecurrentBlock(nn.Module):
             y = jnp.where((segment_ids != 0)[..., None], y, 0)
         return y, GriffinState(conv_state, rg_lru_state)
 
-    def empty_state(self, batch: int, width: int) -> GriffinState:
+    def empty_state(self, batch: int, width: int, max_length: int = 0) -> GriffinState:
         """The state before the first token, at this model width."""
         inner = self.inner_width or width
         return GriffinState(

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Float, Int, typed
+from layers.mixers.mixer import Mixer
 from layers.mixers.parts import GatedOutput, num_heads_for
 from layers.nn.linear import Linear
 from layers.recurrences.gated_linear_attention import gated_linear_attention
@@ -18,7 +19,7 @@ class HGRN2State(NamedTuple):
     memory: jax.Array  # [b, h, k, v] float32
 
 
-class HGRN2(nn.Module):
+class HGRN2(Mixer):
     """`gated_linear_attention` with k = 1 - f and decay f, and a norm per head.
 
     Attributes:
@@ -44,7 +45,7 @@ class HGRN2(nn.Module):
         self,
         x: Float[Array, "b t d"],
         segment_ids: Int[Array, "b t"] | None = None,
-        initial_state: HGRN2State | None = None,
+        state: HGRN2State | None = None,
     ) -> tuple[Float[Array, "b t d"], HGRN2State]:
         """Returns the layer's output, 0 at padding, and the state after the last real token of each row.
 
@@ -69,11 +70,11 @@ class HGRN2(nn.Module):
         o, memory = gated_linear_attention(
             jax.nn.silu(project(self.state_size, "q_proj")), key.astype(self.dtype),
             project(self.head_width, "v_proj"), log_decay, segment_ids=segment_ids, scale=1.0,
-            initial_state=None if initial_state is None else initial_state.memory,
+            initial_state=None if state is None else state.memory,
             implementation=self.implementation)
         return GatedOutput(x.shape[-1], self.out_init_std, self.dtype, name="output")(o), HGRN2State(memory)
 
-    def empty_state(self, batch: int, width: int) -> HGRN2State:
+    def empty_state(self, batch: int, width: int, max_length: int = 0) -> HGRN2State:
         """The state before the first token, at this model width."""
         num_heads = num_heads_for(width, self.expand, self.head_width)
         return HGRN2State(jnp.zeros((batch, num_heads, self.state_size, self.head_width), jnp.float32))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from layers.array_types import Array, Float, Int, typed
+from layers.mixers.mixer import Mixer
 from layers.mixers.parts import num_heads_for
 from layers.nn.causal_conv import CausalDepthwiseConv
 from layers.nn.initializers import a_log_init, dt_bias_init
@@ -24,7 +25,7 @@ class Mamba2State(NamedTuple):
     ssm: jax.Array      # [b, h, k, v] float32
 
 
-class Mamba2(nn.Module):
+class Mamba2(Mixer):
     """Gated SSD: project, convolve, scan, gate and normalise, project.
 
     The projections of the official fused in_proj are separate parameters, so that heads can be sharded.
@@ -56,7 +57,7 @@ class Mamba2(nn.Module):
         self,
         x: Float[Array, "b t d"],
         segment_ids: Int[Array, "b t"] | None = None,
-        initial_state: Mamba2State | None = None,
+        state: Mamba2State | None = None,
     ) -> tuple[Float[Array, "b t d"], Mamba2State]:
         """Returns the layer's output and the state after the last real token of each row.
 
@@ -65,7 +66,7 @@ class Mamba2(nn.Module):
         """
         width = x.shape[-1]
         inner, num_heads = self.expand * width, num_heads_for(width, self.expand, self.head_width)
-        conv_x_state, conv_bc_state, ssm_state = initial_state or (None, None, None)
+        conv_x_state, conv_bc_state, ssm_state = state or (None, None, None)
 
         def project(features, name, axis):
             return Linear((features,), ("embed", axis), init_std=self.init_std, dtype=self.dtype, name=name)(x)
@@ -96,7 +97,7 @@ class Mamba2(nn.Module):
             (width,), ("inner", "embed"), init_std=self.out_init_std, dtype=self.dtype, name="out")(y)
         return out, Mamba2State(conv_x_state, conv_bc_state, ssm_state)
 
-    def empty_state(self, batch: int, width: int) -> Mamba2State:
+    def empty_state(self, batch: int, width: int, max_length: int = 0) -> Mamba2State:
         """The state before the first token, at this model width."""
         num_heads = num_heads_for(width, self.expand, self.head_width)
         history = batch, self.conv_taps - 1

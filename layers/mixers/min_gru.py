@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Float, Int, typed
+from layers.mixers.mixer import Mixer
 from layers.nn.linear import Linear
 from layers.recurrences.diagonal import DiagonalImplementation
 from layers.recurrences.min_gru import min_gru
@@ -17,7 +18,7 @@ class MinGRUState(NamedTuple):
     h: jax.Array  # [b, inner] float32
 
 
-class MinGRU(nn.Module):
+class MinGRU(Mixer):
     """`min_gru` between two projections.
 
     Attributes:
@@ -37,7 +38,7 @@ class MinGRU(nn.Module):
         self,
         x: Float[Array, "b t d"],
         segment_ids: Int[Array, "b t"] | None = None,
-        initial_state: MinGRUState | None = None,
+        state: MinGRUState | None = None,
     ) -> tuple[Float[Array, "b t d"], MinGRUState]:
         """Returns the layer's output, 0 at padding, and the state after the last real token of each row."""
         width = x.shape[-1]
@@ -48,11 +49,11 @@ class MinGRU(nn.Module):
 
         h, last = min_gru(
             project("hidden_proj"), project("gate_proj"),
-            initial_state=None if initial_state is None else initial_state.h, segment_ids=segment_ids,
+            initial_state=None if state is None else state.h, segment_ids=segment_ids,
             implementation=self.implementation)
         y = Linear((width,), ("inner", "embed"), init_std=self.out_init_std, dtype=self.dtype, name="out")(h)
         return y, MinGRUState(last)
 
-    def empty_state(self, batch: int, width: int) -> MinGRUState:
+    def empty_state(self, batch: int, width: int, max_length: int = 0) -> MinGRUState:
         """The state before the first token, at this model width."""
         return MinGRUState(jnp.zeros((batch, self.inner_width or width), jnp.float32))

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Float, Int, typed
+from layers.mixers.mixer import Mixer
 from layers.mixers.parts import num_heads_for
 from layers.nn.linear import Linear
 from layers.nn.norms import rms_norm
@@ -11,7 +12,7 @@ from layers.recurrences.matrix import MatrixImplementation
 from layers.recurrences.mlstm import InputActivation, MLSTMMemory, empty_memory, mlstm
 
 
-class MLSTM(nn.Module):
+class MLSTM(Mixer):
     """`mlstm` between projections, with a norm per head and an output gate, as in xLSTM 7B (arXiv 2503.13427).
 
     Attributes:
@@ -41,7 +42,7 @@ class MLSTM(nn.Module):
         self,
         x: Float[Array, "b t d"],
         segment_ids: Int[Array, "b t"] | None = None,
-        initial_state: MLSTMMemory | None = None,
+        state: MLSTMMemory | None = None,
     ) -> tuple[Float[Array, "b t d"], MLSTMMemory]:
         """Returns the layer's output, 0 at padding, and the memory after the last real token of each row.
 
@@ -67,7 +68,7 @@ class MLSTM(nn.Module):
         # Memory lengths differ from head to head.
         forget_gate = gate("forget_gate", lambda *_: jnp.linspace(3.0, 6.0, num_heads))
         h, memory = mlstm(
-            q, k, v, input_gate, forget_gate, input_activation=self.input_activation, initial_state=initial_state,
+            q, k, v, input_gate, forget_gate, input_activation=self.input_activation, initial_state=state,
             segment_ids=segment_ids, implementation=self.implementation)
         scale = self.param(
             "norm_scale", nn.with_logical_partitioning(nn.initializers.ones, ("heads", None)), per_head)
@@ -76,7 +77,7 @@ class MLSTM(nn.Module):
         y = Linear((width,), ("heads", None, "embed"), init_std=self.out_init_std, dtype=self.dtype, name="out")(h)
         return y, memory
 
-    def empty_state(self, batch: int, width: int) -> MLSTMMemory:
+    def empty_state(self, batch: int, width: int, max_length: int = 0) -> MLSTMMemory:
         """The memory before the first token, at this model width."""
         num_heads = num_heads_for(width, self.expand, self.head_width)
         return empty_memory(batch, num_heads, self.state_size, self.head_width)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Float, Int, typed
+from layers.mixers.mixer import Mixer
 from layers.mixers.parts import LowRank, l2_normalize, num_heads_for
 from layers.nn.causal_conv import causal_depthwise_conv
 from layers.nn.linear import Linear
@@ -24,7 +25,7 @@ class RWKV7State(NamedTuple):
     memory: jax.Array  # [b, h, k, k] float32
 
 
-class RWKV7TimeMix(nn.Module):
+class RWKV7TimeMix(Mixer):
     """`dplr_recurrence` over mixtures of each token with the previous one, then group norm, bonus and gate.
 
     The paper also mixes values with those of the first layer; that spans layers and is left out.
@@ -50,7 +51,7 @@ class RWKV7TimeMix(nn.Module):
         self,
         x: Float[Array, "b t d"],
         segment_ids: Int[Array, "b t"] | None = None,
-        initial_state: RWKV7State | None = None,
+        state: RWKV7State | None = None,
     ) -> tuple[Float[Array, "b t d"], RWKV7State]:
         """Returns the layer's output, 0 at padding, and the state after the last real token of each row.
 
@@ -60,7 +61,7 @@ class RWKV7TimeMix(nn.Module):
         width = x.shape[-1]
         heads = num_heads_for(width, self.expand, self.head_width), self.head_width
         axes = ("heads", "head_width")
-        shift, memory = initial_state or (None, None)
+        shift, memory = state or (None, None)
         shift_taps = jnp.stack([jnp.ones(width), jnp.zeros(width)])  # a convolution that delays by one token
         before, shift = causal_depthwise_conv(
             x, shift_taps, jnp.zeros(width), initial_state=shift, segment_ids=segment_ids)
@@ -100,7 +101,7 @@ class RWKV7TimeMix(nn.Module):
         y = Linear((width,), (*axes, "embed"), init_std=self.out_init_std, dtype=self.dtype, name="out")(o)
         return y, RWKV7State(shift, memory)
 
-    def empty_state(self, batch: int, width: int) -> RWKV7State:
+    def empty_state(self, batch: int, width: int, max_length: int = 0) -> RWKV7State:
         """The state before the first token, at this model width."""
         num_heads = num_heads_for(width, self.expand, self.head_width)
         return RWKV7State(

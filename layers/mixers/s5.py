@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from layers.array_types import Array, Float, Int, typed
+from layers.mixers.mixer import Mixer
 from layers.nn.linear import Linear
 from layers.recurrences.diagonal import DiagonalImplementation
 from layers.recurrences.s5 import s5
-from layers.recurrences.state_space import Discretization
+from layers.recurrences.state_space import Discretization, hippo_legs
 
 
 class S5State(NamedTuple):
@@ -20,7 +21,7 @@ class S5State(NamedTuple):
     h: jax.Array  # [b, n] complex64
 
 
-class S5(nn.Module):
+class S5(Mixer):
     """`s5` followed by a gated linear unit, which mixes the channels.
 
     Attributes:
@@ -48,7 +49,7 @@ class S5(nn.Module):
         self,
         x: Float[Array, "b t d"],
         segment_ids: Int[Array, "b t"] | None = None,
-        initial_state: S5State | None = None,
+        state: S5State | None = None,
     ) -> tuple[Float[Array, "b t d"], S5State]:
         """Returns the layer's output, 0 at padding, and the state after the last real token of each row.
 
@@ -58,8 +59,8 @@ class S5(nn.Module):
         if self.state_size % (2 * self.num_blocks):
             raise ValueError(f"state_size {self.state_size} is not a multiple of 2 * num_blocks = "
                              f"{2 * self.num_blocks}: states are kept in conjugate pairs")
-        if self.bidirectional and initial_state is not None:
-            raise ValueError("a bidirectional S5 reads whole sequences; give no initial_state, or set "
+        if self.bidirectional and state is not None:
+            raise ValueError("a bidirectional S5 reads whole sequences; give no state, or set "
                              "bidirectional=False")
         width, num_states = x.shape[-1], self.state_size // 2
         spectrum, basis = _spectrum(self.state_size, self.num_blocks)
@@ -80,14 +81,14 @@ class S5(nn.Module):
         y, last = s5(
             x, jax.lax.complex(-jnp.exp(log_rate), frequency), jax.lax.complex(*b), read_weights("c"), skip,
             jnp.exp(log_step), c_reverse=read_weights("c_reverse") if self.bidirectional else None,
-            discretization=self.discretization, initial_state=None if initial_state is None else initial_state.h,
+            discretization=self.discretization, initial_state=None if state is None else state.h,
             segment_ids=segment_ids, implementation=self.implementation)
         y = jax.nn.gelu(y.astype(self.dtype))
         gate = Linear((width,), ("embed", "inner"), init_std=self.init_std, dtype=self.dtype, name="gate_proj")(y)
         y = Linear((width,), ("embed", "inner"), init_std=self.out_init_std, dtype=self.dtype, name="out")(y)
         return y * jax.nn.sigmoid(gate), S5State(last)
 
-    def empty_state(self, batch: int, width: int) -> S5State:
+    def empty_state(self, batch: int, width: int, max_length: int = 0) -> S5State:
         """The state before the first token; it does not depend on the model width."""
         return S5State(jnp.zeros((batch, self.state_size // 2), jnp.complex64))
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layers import Attention, KVCache, dot_product_attention
+from layers import Attention, KeepAll, dot_product_attention
 from tests.support.assertions import assert_matches
 from tests.support.inputs import Draw
 
@@ -103,15 +103,15 @@ def test_module_restarts_positions_with_every_segment():
     np.testing.assert_allclose(packed, jnp.concatenate(apart, axis=1), atol=1e-6)
 
 
-@pytest.mark.parametrize(("window", "slots"), [(-1, 12), (3, 12), (3, 4)])
-def test_a_cache_gives_what_the_whole_sequence_gives_for_ragged_rows(window, slots):
+@pytest.mark.parametrize(("window", "policy"), [(None, None), (3, KeepAll()), (3, None)])
+def test_a_cache_gives_what_the_whole_sequence_gives_for_ragged_rows(window, policy):
     """Pieces of any length, padded on either side, a row that sits a piece out, and slots for a window alone."""
-    module = Attention(num_heads=2, rotary_width=8, window=window)
+    module = Attention(num_heads=2, rotary_width=8, window=window, policy=policy)
     x = Draw(2)(3, 12, 32)
     params = jax.jit(module.init)(jax.random.key(0), x)
     run = jax.jit(module.apply)
     whole, _ = run(params, x)
-    cache = KVCache.empty(3, slots, 2, 16, jnp.float32)
+    cache = module.empty_state(3, 32, 12)
     num_read = np.zeros(3, int)
     for counts, side in (((4, 1, 0), "right"), ((2, 5, 3), "left"), ((6, 6, 6), "right"), ((0, 0, 3), "right")):
         piece, ids = np.zeros((3, 6, 32), np.float32), np.zeros((3, 6), np.int32)
@@ -119,11 +119,11 @@ def test_a_cache_gives_what_the_whole_sequence_gives_for_ragged_rows(window, slo
         for row, (n, span) in enumerate(zip(counts, spans, strict=True)):
             piece[row, span], ids[row, span] = x[row, num_read[row] : num_read[row] + n], 1
         y, update = run(params, jnp.asarray(piece), jnp.asarray(ids), cache)
-        cache = cache.append(update)
+        cache = module.apply_update(cache, update)
         for row, (n, span) in enumerate(zip(counts, spans, strict=True)):
             np.testing.assert_allclose(y[row, span], whole[row, num_read[row] : num_read[row] + n], atol=1e-6)
         num_read += counts
-    np.testing.assert_array_equal(cache.length, num_read)
+    np.testing.assert_array_equal(cache.num_read, num_read)
 
 
 def test_refuses_heads_that_do_not_divide_the_width():

@@ -67,7 +67,7 @@ def test_prefill_then_single_steps_match_the_official_decoding():
     check((conv, ssm), (DATA["conv_state"][..., 1:], DATA["ssm_state"]))
     for step in range(DATA["y_step"].shape[1]):
         token = x[:, length + step : length + step + 1]
-        y, state = _run(token, initial_state=state)
+        y, state = _run(token, state=state)
         check(y[:, 0], DATA["y_step"][:, step])
     conv, ssm = _official_states(state)
     check((conv, ssm), (DATA["conv_state_end"][..., 1:], DATA["ssm_state_end"]))
