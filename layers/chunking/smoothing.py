@@ -26,7 +26,7 @@ def smooth(
     """Runs s_c = p_c z_c + (1 - p_c) s_{c-1} in float32; s_{c-1} counts as 0 where `restarts`.
 
     Args:
-      is_real: False = s stays as it is; None = all are real.
+      is_real: False leaves s as it is; None: all are real.
       initial_value: s before the first chunk; None means zeros.
       round_to_bfloat16: run it as the release does, on bfloat16 inputs of Mamba-2's scan: with
         dt = -log(1 - p) it writes dt p (z / dt) and decays by exp(-dt), where dt, p and z / dt are rounded.
@@ -69,5 +69,5 @@ def _scan_reference(keep: jax.Array, write: jax.Array) -> jax.Array:
 
 
 def _compose(first, second):
-    """Two steps s -> keep * s + write as one."""
+    """Composes two steps s -> keep * s + write into one."""
     return first[0] * second[0], second[0] * first[1] + second[1]

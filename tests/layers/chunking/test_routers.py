@@ -114,17 +114,24 @@ def test_a_router_says_what_it_lacks(router, message):
         _starts(router, ONES)
 
 
-@pytest.mark.parametrize("router", [StrideRouter(3), SpaceRouter(), GivenRouter()])
-def test_a_router_in_pieces_of_any_size_cuts_as_it_does_at_once(router):
-    length = TOKENS.shape[1]
+# One segment per row; segments that begin at the start of a piece and amid one, with and without padding between.
+SEVERAL = np.array([[3] * 7 + [4] * 3 + [5] * 11, [0] + [2] * 4 + [0] * 8 + [7] * 8])
+
+
+@pytest.mark.parametrize("ids", [np.ones_like(SEVERAL), SEVERAL], ids=["one segment", "several"])
+@pytest.mark.parametrize("router", [CosineRouter(), StrideRouter(3), SpaceRouter(), GivenRouter()])
+def test_a_router_in_pieces_of_any_size_cuts_as_it_does_at_once(router, ids):
+    length, ids = TOKENS.shape[1], jnp.asarray(ids, jnp.int32)
     hints = RouterHints(jnp.tile(TOKENS, (2, 1)), jnp.array(np.random.default_rng(0).integers(0, 2, (2, length))))
-    x, ones = jnp.zeros((2, length, 4)), jnp.ones((2, length), jnp.int32)
-    whole, _ = router.apply({}, x, ones, hints)
+    x = Draw(0)(2, length, 4)
+    params = router.init(jax.random.key(0), x, ids, hints)
+    whole, _ = router.apply(params, x, ids, hints)
     state, pieces = router.empty_state(2, 4), []
     for start, stop in ((0, 1), (1, 2), (2, 7), (7, 7 + 9), (16, length)):
         piece = RouterHints(*(z[:, start:stop] for z in hints))
-        p, state = router.apply({}, x[:, start:stop], ones[:, start:stop], piece, state)
+        p, state = router.apply(params, x[:, start:stop], ids[:, start:stop], piece, state)
         pieces.append(p)
-        idle, state = router.apply({}, x[:, :2], 0 * ones[:, :2], RouterHints(*(z[:, :2] for z in hints)), state)
+        padding = RouterHints(*(z[:, :2] for z in hints))
+        idle, state = router.apply(params, x[:, :2], 0 * ids[:, :2], padding, state)
         assert (idle == 0).all()
-    np.testing.assert_array_equal(jnp.concatenate(pieces, axis=1), whole)
+    np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), whole, atol=1e-6)
