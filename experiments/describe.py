@@ -19,7 +19,8 @@ import jax.numpy as jnp
 from experiments import commands
 from experiments.analysis.flops import model_flops_per_byte
 from experiments.config import RunConfig
-from experiments.config.files import load_config, split_overrides
+from experiments.config.command_line import split_overrides
+from experiments.config.files import load_config
 from experiments.errors import UsageError, run_command
 from experiments.pages.tables import aligned
 from experiments.training.mesh import batch_sharding, make_mesh, use_mesh
@@ -48,7 +49,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     arguments, overrides = split_overrides(argv)
     arguments = parser.parse_args(arguments)
-    config = RunConfig.from_config_dict(load_config(arguments.config, overrides))
+    config = load_config(arguments.config, overrides, RunConfig)
     if arguments.bytes_per_chunk is not None:
         config = at_bytes_per_chunk(config, arguments.bytes_per_chunk)
     mesh = make_mesh(1, jax.devices()[:1])
@@ -94,18 +95,18 @@ def describe_parts(config: RunConfig, params: Any) -> list[Part]:
         name = "boundary_lm" if keys[0] == "boundary_lm" else stages[-1] if stages else "embedding, head"
         counts[name] = counts.get(name, 0) + math.prod(leaf.shape)
     first = config.model.stages[0]
-    parts = [Part("embedding, head", "", first.width, "", 1.0, counts["embedding, head"])]
+    parts = [Part("embedding, head", "", first.stack.width, "", 1.0, counts["embedding, head"])]
     if config.model.boundary_lm is not None:
         lm = config.model.boundary_lm.stages[0]
-        parts.append(Part("boundary_lm", "frozen", lm.width, "", 1.0, counts["boundary_lm"]))
+        parts.append(Part("boundary_lm", "frozen", lm.stack.width, "", 1.0, counts["boundary_lm"]))
     bytes_per_token = 1.0
     for index, stage in enumerate(config.model.stages):
         layers, chunks = stage.encoder, ""
         if stage.decoder:
             layers += f" .. {stage.decoder}"
-            chunks = f"{stage.router}, {round(config.tokens_per_chunk[index], 2):g} tokens"
+            chunks = f"{stage.chunking.router}, {round(config.tokens_per_chunk[index], 2):g} tokens"
         name = f"stage{index}"
-        parts.append(Part(name, layers, stage.width, chunks, bytes_per_token, counts[name]))
+        parts.append(Part(name, layers, stage.stack.width, chunks, bytes_per_token, counts[name]))
         if stage.decoder:
             bytes_per_token *= config.tokens_per_chunk[index]
     return parts

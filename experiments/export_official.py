@@ -14,12 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments import commands
-from experiments.config.files import split_overrides
+from experiments.config.command_line import split_overrides
 from experiments.errors import UsageError, run_command
 from experiments.import_official import import_package
 from experiments.runs.saved_run import open_run
-from hnet import HNetConfig
-from hnet.pretrained.hnet_release import to_official_json, to_official_params
+from hnet import HNetConfig, to_official_json, to_official_params
 
 Write = Callable[[Path, dict[str, np.ndarray]], None]
 

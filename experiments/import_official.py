@@ -18,13 +18,13 @@ import numpy as np
 
 from experiments import commands
 from experiments.config import DataConfig, RunConfig
-from experiments.config.files import config_to_json
+from experiments.config.files import config_to_json, saved_fields
 from experiments.errors import UsageError, run_command
 from experiments.runs.checkpoints import Checkpoints
 from experiments.runs.manifest import prepare_workdir, write_manifest
 from experiments.runs.saved_run import PARAMETERS_ONLY
 from experiments.training.step import TrainState
-from hnet import HNetConfig, load_official_params
+from hnet import HNetConfig, from_official_json, load_official_params
 
 SEQUENCE_LENGTH = 8192  # bytes; what the released models were trained on
 
@@ -58,9 +58,9 @@ def import_official(weights: Path, config: Path, out: Path) -> None:
     run = RunConfig(
         model=model, data=DataConfig(sequence_length=SEQUENCE_LENGTH, batch_size=1),
         tokens_per_chunk=paper_tokens_per_chunk(len(model.stages) - 1))
-    (workdir / "config.json").write_text(config_to_json(run.to_config_dict()) + "\n")
+    (workdir / "config.json").write_text(config_to_json(run) + "\n")
     write_manifest(workdir, num_params=count, imported_from=str(weights.absolute()))
-    meta = {"config": run.to_config_dict().to_dict(), "contents": PARAMETERS_ONLY}
+    meta = {"config": saved_fields(run), "contents": PARAMETERS_ONLY}
     checkpoints = Checkpoints(workdir / "checkpoints", keep=1)
     checkpoints.save(0, TrainState(jnp.zeros((), jnp.int32), params, opt_state=()), meta)
     checkpoints.close()
@@ -73,7 +73,7 @@ def describe_layout(model: HNetConfig) -> str:
     layout = model.stages[-1].encoder
     for stage in reversed(model.stages[:-1]):
         layout = f"{stage.encoder}[{layout}]{stage.decoder}"
-    return f"{layout}, widths {', '.join(str(stage.width) for stage in model.stages)}"
+    return f"{layout}, widths {', '.join(str(stage.stack.width) for stage in model.stages)}"
 
 
 def paper_tokens_per_chunk(num_chunking: int) -> tuple[float, ...]:
@@ -162,7 +162,7 @@ def _open_npz(path: Path) -> TensorFile:
 
 def _read_config(path: Path) -> HNetConfig:
     try:
-        return HNetConfig.from_official_json(path.read_text())
+        return from_official_json(path.read_text())
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror or error}; name the release's .json file") from error
     except (ValueError, TypeError, KeyError, IndexError) as error:  # a JSON file may hold anything

@@ -16,7 +16,7 @@ from experiments import commands
 from experiments.analysis.boundaries import chunk_texts
 from experiments.analysis.chunk_statistics import bits_per_byte, place_table, stage_statistics, stage_table
 from experiments.analysis.perturbations import effect_table, effects, perturb
-from experiments.config.files import split_overrides
+from experiments.config.command_line import split_overrides
 from experiments.errors import UsageError, run_command
 from experiments.pages.inspect import NO_STAGES, PLACES_LEGEND, Inspection, effects_legend, render_inspection
 from experiments.pages.terminal import open_console, print_chunks, table_in_terminal

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from experiments import commands
 from experiments.analysis.boundaries import chunk_texts
-from experiments.config.files import config_to_json
+from experiments.config.files import saved_fields
 from experiments.data import Corpus
 from experiments.errors import run_command
 from experiments.generate import generate_bytes
@@ -38,7 +38,7 @@ def _write(run: Run) -> Path:
     samples = tuple(zip(PROMPTS, map(bytes, zip(*rows, strict=True)), strict=True))
     page = render_report(ReportData(
         name=run.workdir.name,
-        config=json.loads(config_to_json(run.config.to_config_dict())),
+        config=saved_fields(run.config),
         manifest=manifest,
         metrics=read_metrics(run.workdir / "metrics.jsonl"),
         reference_lines=manifest["reference_lines"],

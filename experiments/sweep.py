@@ -21,7 +21,9 @@ from pathlib import Path
 from experiments import commands
 from experiments.analysis.flops import model_flops_per_byte
 from experiments.config import RunConfig
-from experiments.config.files import config_from_json, flat_fields, load_config, split_overrides
+from experiments.config.codec import flat_fields
+from experiments.config.command_line import split_overrides
+from experiments.config.files import config_from_json, load_config
 from experiments.errors import RunError, UsageError, run_command
 from experiments.pages.sweep import BITS, Result, render_plot, render_table, tokens_per_chunk
 from experiments.runs.grid import write_findings
@@ -89,7 +91,7 @@ def plan(configs: list[str], num_seeds: int, outdir: Path, overrides: list[str])
         for seed in range(num_seeds):
             settings = [*overrides, f"--config.seed={seed}"]
             workdir = outdir / f"{name}-seed{seed}"
-            runs.append(Run(name, seed, RunConfig.from_config_dict(load_config(config, settings)), workdir,
+            runs.append(Run(name, seed, load_config(config, settings, RunConfig), workdir,
                             [f"--config={config}", f"--workdir={workdir}", *settings]))
     for run in runs:
         _refuse_another_config(run)
@@ -205,8 +207,8 @@ def _refuse_another_config(run: Run) -> None:
     if not path.is_file():
         return
     # Through RunConfig, which fills in fields that were added since.
-    saved = flat_fields(RunConfig.from_config_dict(config_from_json(path.read_text())).to_config_dict())
-    wanted = flat_fields(run.config.to_config_dict())
+    saved = flat_fields(config_from_json(path.read_text(), RunConfig))
+    wanted = flat_fields(run.config)
     for field in sorted(saved.keys() | wanted.keys()):
         if saved.get(field) != wanted.get(field):
             raise UsageError(

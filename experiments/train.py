@@ -19,7 +19,8 @@ from jax.sharding import Mesh
 from experiments import commands
 from experiments.analysis.reference_lines import corpus_reference_lines
 from experiments.config import RunConfig
-from experiments.config.files import config_to_json, load_config, split_overrides
+from experiments.config.command_line import split_overrides
+from experiments.config.files import config_to_json, load_config, saved_fields
 from experiments.data import BatchSource, Corpus, EvaluationSource, WindowSource, prefetch
 from experiments.errors import RunError, UsageError, run_command
 from experiments.evaluate import held_out, make_evaluate
@@ -42,12 +43,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--workdir", required=True, help="the run directory; an existing run is resumed")
     arguments, overrides = split_overrides(argv)
     arguments = parser.parse_args(arguments)
-    config = RunConfig.from_config_dict(load_config(arguments.config, overrides))
+    config = load_config(arguments.config, overrides, RunConfig)
     for index, stage in enumerate(config.model.stages[:-1]):
-        if stage.router == "given":
+        if stage.chunking.router == "given":
             raise UsageError(
-                f"config.model.stages.stage{index}.router 'given' needs boundary_levels in every batch, which no "
-                "data source here has; train it from Python, with train_step.compile_program")
+                f"config.model.stages.stage{index}.chunking.router 'given' needs boundary_levels in every batch, "
+                "which no data source here has; train it from Python, with step.compile_program")
     return train(config, prepare_workdir(arguments.workdir))
 
 
@@ -106,7 +107,7 @@ class Loop:
         self.batches, self.held_out = data.batches, data.held_out
         self.evaluate = make_evaluate(config, mesh)
         self.sharding = batch_sharding(mesh)
-        self.meta = {"config": config.to_config_dict().to_dict(), "corpus": data.corpus.fingerprint}
+        self.meta = {"config": saved_fields(config), "corpus": data.corpus.fingerprint}
         self.seconds = seconds  # spent on steps since step 0, without evaluation and compilation
         self._interval: list[dict[str, float]] = []
         self._resumed_at = time.monotonic()
@@ -200,7 +201,7 @@ def _describe_run(config: RunConfig, workdir: Path, corpus: Corpus, state: Train
         workdir, step=int(state.step), seed=config.seed, num_params=num_params, corpus=corpus.fingerprint,
         reference_lines=lines)
     if jax.process_index() == 0:
-        (workdir / "config.json").write_text(config_to_json(config.to_config_dict()) + "\n")
+        (workdir / "config.json").write_text(config_to_json(config) + "\n")
         device = jax.devices()[0]
         print(f"{num_params:,} parameters on {jax.device_count()} x {device.device_kind}, run in {workdir}")
         print(f"corpus {config.data.source}: {corpus.fingerprint['files']:,} documents, "

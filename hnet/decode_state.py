@@ -61,22 +61,23 @@ def init_decode_state(config: HNetConfig, batch: int, max_length: int) -> Decode
     def of_stage(index: int, length: int, slots: int) -> StageState:
         """`length` tokens may come; a row of training has `slots` for them, of which "merge" fills a part."""
         stage = config.stages[index]
-        encoder = empty_state(stage.encoder_runs, stage, batch, length, dtype)
+        chunking, width = stage.chunking, stage.stack.width
+        encoder = empty_state(stage.encoder, stage.stack, batch, length, dtype)
         if not stage.decoder:
             return StageState(encoder)
-        inner_slots = slots if stage.overflow == "grow" else num_slots(stage.capacity, slots)
-        num_chunks = inner_slots if stage.overflow == "merge" else length
-        value = jnp.zeros((batch, stage.width), jnp.float32)
+        inner_slots = slots if chunking.overflow == "grow" else num_slots(chunking.capacity, slots)
+        num_chunks = inner_slots if chunking.overflow == "merge" else length
+        value = jnp.zeros((batch, width), jnp.float32)
         return StageState(
             encoder,
-            router=make_router(stage).empty_state(batch, stage.width),
-            pool=None if stage.downsampler == "first" else PoolState.empty(
-                stage.downsampler, (batch, stage.width)),
+            router=make_router(chunking).empty_state(batch, width),
+            pool=None if chunking.downsampler == "first" else PoolState.empty(
+                chunking.downsampler, (batch, width)),
             chunk_value=value,
-            token_value=value if stage.upsampler == "smooth_tokens" else None,
+            token_value=value if chunking.upsampler == "smooth_tokens" else None,
             num_chunks=jnp.zeros(batch, jnp.int32),
             last_segment=jnp.zeros(batch, jnp.int32),
-            decoder=empty_state(stage.decoder_runs, stage, batch, length, dtype),
+            decoder=empty_state(stage.decoder, stage.stack, batch, length, dtype),
             inner=of_stage(index + 1, num_chunks, inner_slots),
             max_chunks=num_chunks,
         )

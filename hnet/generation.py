@@ -95,7 +95,7 @@ def generate(
     Raises:
       ValueError: an empty prompt, not one seed per prompt, no room, or a model whose boundaries must be given.
     """
-    if any(stage.router == "given" for stage in model.config.stages[:-1]):
+    if any(stage.chunking.router == "given" for stage in model.config.stages[:-1]):
         raise ValueError('a model with the router "given" does not know where the text to come will have '
                          "boundaries; loop over `step` with boundary_levels")
     lengths = np.array([len(prompt) for prompt in prompts])

@@ -16,7 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hnet.config import HNetConfig, StageConfig, num_slots
+from hnet.config import ChunkingConfig, HNetConfig, num_slots
 from hnet.decode_state import StageState, unchanged
 from hnet.stage_output import StageOutput
 from layers import Partition, PoolState, RouterHints, chunk, chunk_pooled, dechunk, pack_rows, pack_segments
@@ -46,20 +46,20 @@ def through_chunks(
     state: StageState | None,
 ) -> Chunked:
     """Runs `inner` on the chunks of h [b, t, d] that `boundary_prob` [b, t] begins."""
-    stage = config.stages[inner.index - 1]
-    run = partial(_at_capacity, stage=stage, rounded=config.bfloat16_dechunk)
+    chunking = config.stages[inner.index - 1].chunking
+    run = partial(_at_capacity, chunking=chunking, rounded=config.bfloat16_dechunk)
     if state is not None:  # rows of their own, with room for what their caches hold
         size = min(h.shape[1], state.max_chunks)
         return run(inner, h, boundary_prob, segment_ids, boundary_levels, state, size=size)
 
     rows, length = segment_ids.shape
-    if stage.packed:
+    if chunking.packed:
         num_buffers = math.gcd(rows, _num_batch_shards())
         pack = partial(pack_rows, num_buffers=num_buffers)
         h, boundary_prob = constrain(pack(h)), pack(boundary_prob)
         boundary_levels = None if boundary_levels is None else pack(boundary_levels)
         segment_ids = pack_segments(segment_ids, num_buffers)
-    capacities = (stage.capacity, *stage.grow_to) if _grows(stage) else (stage.capacity,)
+    capacities = (chunking.capacity, *chunking.grow_to) if chunking.grows else (chunking.capacity,)
     sizes = [num_slots(capacity, segment_ids.shape[1]) for capacity in capacities]
     operands = (h, boundary_prob, segment_ids, boundary_levels)
     if len(sizes) == 1 or inner.is_initializing():
@@ -73,10 +73,6 @@ def through_chunks(
     return result._replace(
         values=constrain(result.values.reshape(rows, length, -1)),
         starts_chunk=result.starts_chunk.reshape(rows, length))
-
-
-def _grows(stage: StageConfig) -> bool:
-    return stage.overflow == "grow" and stage.capacity < 1
 
 
 def _way(run: Callable[..., Chunked], size: int) -> Callable[..., Chunked]:
@@ -93,23 +89,24 @@ def _way(run: Callable[..., Chunked], size: int) -> Callable[..., Chunked]:
 
 def _at_capacity(
     inner: nn.Module, h: jax.Array, boundary_prob: jax.Array, segment_ids: jax.Array,
-    boundary_levels: jax.Array | None, state: StageState | None, *, stage: StageConfig, rounded: bool, size: int,
+    boundary_levels: jax.Array | None, state: StageState | None, *, chunking: ChunkingConfig, rounded: bool,
+    size: int,
 ) -> Chunked:
     before = StageState(None) if state is None else state
     partition = Partition.from_boundaries(
         boundary_prob > 0.5, segment_ids, size, last_segment=before.last_segment, num_before=before.num_chunks,
         max_chunks=None if state is None else state.max_chunks)
     pool = None
-    if stage.downsampler == "first":
+    if chunking.downsampler == "first":
         chunks = chunk(h, partition)
     else:
-        chunks, pool = chunk_pooled(h, partition, stage.downsampler, state=before.pool)
+        chunks, pool = chunk_pooled(h, partition, chunking.downsampler, state=before.pool)
     if boundary_levels is not None:
         boundary_levels = jnp.maximum(chunk(boundary_levels, partition) - 1, 0)
     hints = RouterHints(boundary_levels=boundary_levels)
     z, stages, inner_state = _run_inner(inner, constrain(chunks), partition.chunk_segment_ids, hints, before.inner)
     values, chunk_value = dechunk(
-        z, boundary_prob, partition, smoothing=stage.upsampler == "smooth", initial_value=before.chunk_value,
+        z, boundary_prob, partition, smoothing=chunking.upsampler == "smooth", initial_value=before.chunk_value,
         round_to_bfloat16=rounded)
     return Chunked(values, partition.starts_chunk, jnp.int32(size), stages, pool, chunk_value, inner_state)
 

@@ -1,8 +1,8 @@
-"""Which mixer a layer has, by its name in a layout. A mixer of your own: a module, a line here, and one in MIXERS.
+"""Our own mixers, registered under the names that layouts have for them.
 
 A mixer is called with (x [b, t, d], segment_ids [b, t], state or None) and returns (y [b, t, d], update), where
-the update is the state after the last real token, or for attention what its cache grows by. All sizes that it
-needs are fields of its stage.
+the update is the state after the last real token, or for attention what its cache grows by. A mixer of your own is
+one module and one `register_mixer`, here or in a package of yours.
 """
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,8 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from hnet.config import StageConfig
+from hnet.layout import MIXERS, register_mixer
+from hnet.stack_config import StackConfig
 from layers import (
     GLA,
     HGRN2,
@@ -25,69 +26,99 @@ from layers import (
 )
 
 
-def make_mixer(mixer: str, stage: StageConfig, out_init_std: float, dtype: jnp.dtype, name: str) -> nn.Module:
-    """Makes the module of `mixer`, one of `hnet.config.MIXERS`."""
-    return _MAKE[mixer](stage, out_init_std=out_init_std, dtype=dtype, name=name)
+def make_mixer(mixer: str, stack: StackConfig, out_init_std: float, dtype: jnp.dtype, name: str) -> nn.Module:
+    """Makes the module of `mixer`, a name in MIXERS."""
+    return MIXERS[mixer].make(stack, out_init_std=out_init_std, dtype=dtype, name=name)
 
 
-def empty_mixer_state(mixer: str, stage: StageConfig, batch: int, max_length: int, dtype: jnp.dtype) -> Any:
-    """Its state before the first token; attention holds up to `max_length` tokens a row."""
-    return make_mixer(mixer, stage, 0.0, dtype, "mixer").empty_state(batch, stage.width, max_length)
+def empty_mixer_state(mixer: str, stack: StackConfig, batch: int, max_length: int, dtype: jnp.dtype) -> Any:
+    """Returns its state before the first token; attention holds up to `max_length` tokens a row."""
+    return make_mixer(mixer, stack, 0.0, dtype, "mixer").empty_state(batch, stack.width, max_length)
 
 
-def _attention(stage: StageConfig, **keywords: Any) -> nn.Module:
+def _attention(stack: StackConfig, **keywords: Any) -> nn.Module:
     return Attention(
-        num_heads=stage.num_heads, rotary_width=stage.rotary_width,
-        window=None if stage.window < 0 else stage.window, **keywords)
+        num_heads=stack.attention.num_heads, rotary_width=stack.attention.rotary_width,
+        window=stack.attention.window, **keywords)
 
 
 def _matrix_state(kind: Callable[..., nn.Module], **fixed: Any) -> Callable[..., nn.Module]:
-    def make(stage: StageConfig, **keywords: Any) -> nn.Module:
-        return kind(state_size=stage.ssm_state_size, expand=stage.ssm_expand, head_width=stage.ssm_head_width,
+    def make(stack: StackConfig, **keywords: Any) -> nn.Module:
+        sizes = stack.recurrence
+        return kind(state_size=sizes.state_size, expand=sizes.expand, head_width=sizes.head_width,
                     **fixed, **keywords)
 
     return make
 
 
 def _convolved(kind: Callable[..., nn.Module], **fixed: Any) -> Callable[..., nn.Module]:
-    def make(stage: StageConfig, **keywords: Any) -> nn.Module:
-        return _matrix_state(kind, conv_taps=stage.ssm_conv_taps, **fixed)(stage, **keywords)
+    def make(stack: StackConfig, **keywords: Any) -> nn.Module:
+        return _matrix_state(kind, conv_taps=stack.recurrence.conv_taps, **fixed)(stack, **keywords)
 
     return make
 
 
-def _mamba2(stage: StageConfig, **keywords: Any) -> nn.Module:
-    return _convolved(Mamba2, chunk_size=stage.ssm_chunk_size)(stage, **keywords)
+def _mamba2(stack: StackConfig, **keywords: Any) -> nn.Module:
+    return _convolved(Mamba2, chunk_size=stack.recurrence.chunk_size)(stack, **keywords)
 
 
-def _rwkv7(stage: StageConfig, **keywords: Any) -> nn.Module:
-    return RWKV7TimeMix(expand=stage.ssm_expand, head_width=stage.ssm_head_width, **keywords)
+def _rwkv7(stack: StackConfig, **keywords: Any) -> nn.Module:
+    return RWKV7TimeMix(expand=stack.recurrence.expand, head_width=stack.recurrence.head_width, **keywords)
 
 
-def _griffin(stage: StageConfig, **keywords: Any) -> nn.Module:
-    inner = stage.ssm_expand * stage.width
+def _griffin(stack: StackConfig, **keywords: Any) -> nn.Module:
+    inner = stack.recurrence.expand * stack.width
     return GriffinRecurrentBlock(
-        inner_width=inner, num_heads=inner // stage.ssm_head_width, conv_taps=stage.ssm_conv_taps, **keywords)
+        inner_width=inner, num_heads=inner // stack.recurrence.head_width, conv_taps=stack.recurrence.conv_taps,
+        **keywords)
 
 
-def _s5(stage: StageConfig, **keywords: Any) -> nn.Module:
-    return S5(state_size=stage.ssm_state_size, **keywords)
+def _s5(stack: StackConfig, **keywords: Any) -> nn.Module:
+    return S5(state_size=stack.recurrence.state_size, **keywords)
 
 
-def _min_gru(stage: StageConfig, **keywords: Any) -> nn.Module:
-    return MinGRU(inner_width=stage.ssm_expand * stage.width, **keywords)
+def _min_gru(stack: StackConfig, **keywords: Any) -> nn.Module:
+    return MinGRU(inner_width=stack.recurrence.expand * stack.width, **keywords)
 
 
-_MAKE = {
-    "m": _mamba2,
-    "t": _attention,
-    "gdn": _convolved(GatedDeltaNet),
-    "gla": _matrix_state(GLA),
-    "griffin": _griffin,
-    "gru": _min_gru,
-    "hgrn": _matrix_state(HGRN2),
-    "kda": _convolved(GatedDeltaNet, decays_per_channel=True),
-    "mlstm": _matrix_state(MLSTM),
-    "rwkv": _rwkv7,
-    "ssm": _s5,
-}
+def _check_attention(stack: StackConfig) -> None:
+    sizes = stack.attention
+    if sizes.num_heads < 1:
+        raise ValueError(f"attention.num_heads {sizes.num_heads} must be at least 1")
+    if not sizes.head_width and stack.width % sizes.num_heads:
+        raise ValueError(f"attention.num_heads {sizes.num_heads} must divide width {stack.width}; change "
+                         "attention.num_heads or width, or set attention.head_width")
+    if sizes.num_key_heads and sizes.num_heads % sizes.num_key_heads:
+        raise ValueError(f"attention.num_heads {sizes.num_heads} is not a multiple of attention.num_key_heads "
+                         f"{sizes.num_key_heads}; change one of them")
+    head_width = sizes.head_width or stack.width // sizes.num_heads
+    if sizes.rotary_width % 2 or sizes.rotary_width > head_width:
+        raise ValueError(f"attention.rotary_width {sizes.rotary_width} must be even and at most the head width "
+                         f"{head_width}; change attention.rotary_width")
+
+
+def _check_heads_of_state(stack: StackConfig) -> None:
+    inner, head_width = stack.recurrence.expand * stack.width, stack.recurrence.head_width
+    if inner % head_width:
+        raise ValueError(f"recurrence.expand * width = {inner} is not a multiple of recurrence.head_width "
+                         f"{head_width}; change recurrence.head_width or width")
+
+
+def _check_s5(stack: StackConfig) -> None:
+    if stack.recurrence.state_size % 2:
+        raise ValueError(f"recurrence.state_size {stack.recurrence.state_size} must be even: the states of S5 are "
+                         "in conjugate pairs")
+
+
+register_mixer("m", "Mamba-2", _mamba2, check=_check_heads_of_state)
+register_mixer("t", "attention", _attention, check=_check_attention)
+register_mixer("gdn", "Gated DeltaNet", _convolved(GatedDeltaNet), check=_check_heads_of_state)
+register_mixer("gla", "gated linear attention", _matrix_state(GLA), check=_check_heads_of_state)
+register_mixer("griffin", "Griffin's recurrent block", _griffin, check=_check_heads_of_state)
+register_mixer("gru", "minGRU", _min_gru)
+register_mixer("hgrn", "HGRN2", _matrix_state(HGRN2), check=_check_heads_of_state)
+register_mixer("kda", "Kimi Delta Attention", _convolved(GatedDeltaNet, decays_per_channel=True),
+               check=_check_heads_of_state)
+register_mixer("mlstm", "the matrix memory of xLSTM", _matrix_state(MLSTM), check=_check_heads_of_state)
+register_mixer("rwkv", "RWKV-7's time mix", _rwkv7, check=_check_heads_of_state)
+register_mixer("ssm", "S5", _s5, check=_check_s5)

@@ -1,16 +1,18 @@
 """H-Net: a language model over bytes that learns where to cut them (arXiv 2507.07955)."""
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hnet.config import HNetConfig, StageConfig, has_feed_forward
+from hnet.config import HNetConfig, StageConfig
 from hnet.decode_state import BoundaryState, DecodeState, StageState, advance
 from hnet.inner_stage import constrain, through_chunks
+from hnet.layout import residual_depth
 from hnet.routers import entropy_boundaries, make_router
-from hnet.stack import Isotropic
+from hnet.stack import Stack
 from hnet.stage_output import StageOutput
 from layers import RouterHints, carried_segment, last_segment, segment_starts, smooth, straight_through
 from layers.array_types import Array, Float, Int, Integer, typed
@@ -51,7 +53,7 @@ class HNetLM(nn.Module):
           ValueError: a stage needs boundary_levels and there are none.
         """
         config = self.config
-        width = config.stages[0].width
+        width = config.stages[0].stack.width
         if segment_ids is None:
             segment_ids = jnp.ones(tokens.shape, jnp.int32)
         segment_ids = jnp.asarray(segment_ids, jnp.int32)
@@ -92,7 +94,7 @@ class HNetLM(nn.Module):
         output = HNetLM(self.config.boundary_lm, name="boundary_lm")(
             tokens, segment_ids, None if before is None else before.lm)
         levels, entropy = entropy_boundaries(
-            output.logits, segment_ids, self.config.stages[0].entropy_threshold,
+            output.logits, segment_ids, self.config.stages[0].chunking.entropy_threshold,
             None if before is None else before.entropy)
         return levels, None if before is None else BoundaryState(output.state, entropy)
 
@@ -121,26 +123,26 @@ class HNet(nn.Module):
         In the state that is returned, updates of attention's caches stand for the caches: see `advance`.
         """
         config, stage = self.config, self.config.stages[self.index]
-        outer_width = x.shape[-1]
-        if outer_width < stage.width:
+        outer_width, width = x.shape[-1], stage.stack.width
+        if outer_width < width:
             init = nn.with_logical_partitioning(nn.initializers.zeros, ("norm",))
-            extra = self.param("pad_dimension", init, (stage.width - outer_width,))
+            extra = self.param("pad_dimension", init, (width - outer_width,))
             extra = jnp.broadcast_to(extra.astype(x.dtype), (*x.shape[:-1], extra.shape[0]))
             x = jnp.concatenate([x, extra], axis=-1)
 
         before = StageState(None) if state is None else state
-        h, encoder_state = self._stack(stage.encoder_runs, "encoder")(x, segment_ids, before.encoder)
+        h, encoder_state = self._stack(stage.encoder, "encoder")(x, segment_ids, before.encoder)
         if not stage.decoder:
             return h[..., :outer_width], {}, None if state is None else state.replace(encoder=encoder_state)
-        residual = self._residual_proj(stage)(h)
+        residual = self._residual_proj(width)(h)
 
-        boundary_prob, router_state = make_router(stage, "router")(h, segment_ids, hints, before.router)
+        boundary_prob, router_state = make_router(stage.chunking, "router")(h, segment_ids, hints, before.router)
         # Strictly greater: an all-zero sequence has p = 0.5 everywhere and would split at every byte.
         boundary_mask = boundary_prob > 0.5
         inner = HNet(config, self.index + 1, name=f"stage{self.index + 1}")
         chunked = through_chunks(inner, config, h, boundary_prob, segment_ids, hints.boundary_levels, state)
         values, token_value = chunked.values, None
-        if stage.upsampler == "smooth_tokens":
+        if stage.chunking.upsampler == "smooth_tokens":
             values, token_value = _smooth_tokens(
                 values, boundary_prob, segment_ids, before.token_value, before.last_segment)
 
@@ -148,9 +150,9 @@ class HNet(nn.Module):
         confidence = jnp.where(chunked.starts_chunk, boundary_prob, 1 - boundary_prob)
         y = values * straight_through(confidence)[..., None] + residual
         num_overflow = jnp.sum(boundary_mask & ~chunked.starts_chunk, axis=1, dtype=jnp.int32)
-        if stage.overflow == "error":
+        if stage.chunking.overflow == "error":
             y = jnp.where((num_overflow > 0)[:, None, None], jnp.nan, y)
-        y, decoder_state = self._stack(stage.decoder_runs, "decoder")(
+        y, decoder_state = self._stack(stage.decoder, "decoder")(
             constrain(y.astype(config.compute_dtype)), segment_ids, before.decoder)
         output = StageOutput(boundary_prob, boundary_mask, segment_ids != 0, num_overflow, chunked.capacity)
         if state is not None:
@@ -162,20 +164,20 @@ class HNet(nn.Module):
                 decoder=decoder_state, inner=chunked.inner)
         return y[..., :outer_width], {f"stage{self.index}": output, **chunked.stages}, state
 
-    def _stack(self, runs: tuple[tuple[str, int], ...], name: str) -> Isotropic:
-        std = 0.02 / math.sqrt(residual_depth(self.config, self.index))
-        return Isotropic(runs, self.config.stages[self.index], std, self.config.compute_dtype, name=name)
+    def _stack(self, layout: str, name: str) -> Stack:
+        std = 0.02 / math.sqrt(stage_depth(self.config.stages[: self.index + 1]))
+        return Stack(layout, self.config.stages[self.index].stack, std, self.config.compute_dtype, name=name)
 
-    def _residual_proj(self, stage: StageConfig) -> nn.Dense:
+    def _residual_proj(self, width: int) -> nn.Dense:
         """The skip path around the inner stages, in float32: closed at the start, but for its bias."""
-        bound = stage.width**-0.5
+        bound = width**-0.5
 
         def uniform(key, shape, dtype=jnp.float32):
             return jax.random.uniform(key, shape, dtype, -bound, bound)
 
         partitioned = nn.with_logical_partitioning
         return nn.Dense(
-            stage.width, dtype=jnp.float32, precision=jax.lax.Precision.HIGHEST, name="residual_proj",
+            width, dtype=jnp.float32, precision=jax.lax.Precision.HIGHEST, name="residual_proj",
             kernel_init=partitioned(nn.initializers.zeros, ("embed", None)),
             bias_init=partitioned(uniform, ("norm",)))
 
@@ -190,10 +192,6 @@ def _smooth_tokens(
     return smoothed, smoothed[:, -1]  # padding leaves the average as it is
 
 
-def residual_depth(config: HNetConfig, index: int) -> int:
-    """Writes to the residual stream from the outside down to stage `index`, for the scale of out-projections.
-
-    A block writes once, one with a feed-forward twice; a stage adds its encoder and decoder to those around it.
-    """
-    runs = [run for stage in config.stages[: index + 1] for run in stage.encoder_runs + stage.decoder_runs]
-    return sum(count * (2 if has_feed_forward(name) else 1) for name, count in runs)
+def stage_depth(stages: Sequence[StageConfig]) -> int:
+    """Counts the writes to the residual stream from the outside down to the last of `stages`."""
+    return residual_depth(*(layout for stage in stages for layout in (stage.encoder, stage.decoder)))

@@ -3,20 +3,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hnet.config import StageConfig
+from hnet.config import ChunkingConfig
 from layers import CosineRouter, GivenRouter, SpaceRouter, StrideRouter, segment_starts
 
 _MAKE = {
-    "learned": lambda stage, name: CosineRouter(name=name),
-    "stride": lambda stage, name: StrideRouter(stage.router_stride, name=name),
-    "space": lambda stage, name: SpaceRouter(name=name),
-    "entropy": lambda stage, name: GivenRouter(name=name),  # `HNetLM` finds the boundaries, with its boundary_lm
-    "given": lambda stage, name: GivenRouter(name=name),
+    "learned": lambda chunking, name: CosineRouter(name=name),
+    "stride": lambda chunking, name: StrideRouter(chunking.router_stride, name=name),
+    "space": lambda chunking, name: SpaceRouter(name=name),
+    "entropy": lambda chunking, name: GivenRouter(name=name),  # `HNetLM` finds the boundaries by boundary_lm
+    "given": lambda chunking, name: GivenRouter(name=name),
 }
 
 
-def make_router(stage: StageConfig, name: str | None = None) -> nn.Module:
-    return _MAKE[stage.router](stage, name)
+def make_router(chunking: ChunkingConfig, name: str | None = None) -> nn.Module:
+    return _MAKE[chunking.router](chunking, name)
 
 
 def entropy_boundaries(

@@ -5,8 +5,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from hnet.config import StageConfig, has_feed_forward, mixer_of
+from hnet.layout import has_feed_forward, mixer_of, parse_layout
 from hnet.mixers import empty_mixer_state, make_mixer
+from hnet.stack_config import StackConfig
 from layers import RMSNorm, SwiGLU
 from layers.array_types import Array, Float, Int, typed
 
@@ -18,12 +19,12 @@ class Block(nn.Module):
     """norm, mixer, and for names with a capital norm, feed-forward; the next norm adds sums up, in float32.
 
     Attributes:
-      layer: a name in a layout: one of `hnet.config.MIXERS`, with a capital for a feed-forward network.
+      layer: a name in a layout: one of `hnet.layout.MIXERS`, with a capital for a feed-forward network.
       out_init_std: of the projections that write to the residual stream.
     """
 
     layer: str
-    stage: StageConfig
+    config: StackConfig
     out_init_std: float
     dtype: jnp.dtype
 
@@ -37,27 +38,30 @@ class Block(nn.Module):
         """
         h, residual = carry
         residual = residual + h
-        mixer = make_mixer(mixer_of(self.layer), self.stage, self.out_init_std, self.dtype, name="mixer")
-        h, after = mixer(RMSNorm(name="mixer_norm")(residual).astype(self.dtype), segment_ids, state)
+        mixer = make_mixer(mixer_of(self.layer), self.config, self.out_init_std, self.dtype, name="mixer")
+        h, after = mixer(self._norm("mixer_norm")(residual).astype(self.dtype), segment_ids, state)
         if has_feed_forward(self.layer):
             residual = residual + h
             feed_forward = SwiGLU(
-                self.stage.feed_forward_width, out_init_std=self.out_init_std, dtype=self.dtype,
+                self.config.feed_forward_width, out_init_std=self.out_init_std, dtype=self.dtype,
                 name="feed_forward")
-            h = feed_forward(RMSNorm(name="feed_forward_norm")(residual).astype(self.dtype))
+            h = feed_forward(self._norm("feed_forward_norm")(residual).astype(self.dtype))
         return (h.astype(residual.dtype), residual), None if state is None else after
 
+    def _norm(self, name: str) -> RMSNorm:
+        return RMSNorm(epsilon=self.config.norm_epsilon, name=name)
 
-class Isotropic(nn.Module):
+
+class Stack(nn.Module):
     """Runs of equal blocks, then one norm. Each run is compiled once and scanned over its layers.
 
     Attributes:
-      runs: name and count of each run, outermost layer first; parameters of run i are stacked in `run{i}`.
+      layout: names and counts of the runs, outermost layer first; parameters of run i are stacked in `run{i}`.
       out_init_std: see `Block`.
     """
 
-    runs: tuple[tuple[str, int], ...]
-    stage: StageConfig
+    layout: str
+    config: StackConfig
     out_init_std: float
     dtype: jnp.dtype
 
@@ -70,22 +74,23 @@ class Isotropic(nn.Module):
         state: tuple[MixerState, ...] | None = None,
     ) -> tuple[Float[Array, "b t d"], tuple[MixerUpdate, ...] | None]:
         """Returns the output, and the update of each run's state (stacked over layers) if it was given one."""
+        self.config.check_layouts(self.layout)
         # The residual stream is float32 whatever the compute dtype.
         h = x.astype(jnp.float32)
         carry = (h, jnp.zeros_like(h))
         block = Block
-        if self.stage.remat != "none":
-            block = nn.remat(Block, prevent_cse=False, policy=_MAY_STORE[self.stage.remat])
+        if self.config.remat != "none":
+            block = nn.remat(Block, prevent_cse=False, policy=_MAY_STORE[self.config.remat])
         after = []
-        for index, (layer, count) in enumerate(self.runs):
+        for index, (layer, count) in enumerate(parse_layout(self.layout)):
             layers = nn.scan(
                 block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(nn.broadcast, 0),
                 length=count, metadata_params={nn.PARTITION_NAME: "layers"})
-            carry, run_state = layers(layer, self.stage, self.out_init_std, self.dtype, name=f"run{index}")(
+            carry, run_state = layers(layer, self.config, self.out_init_std, self.dtype, name=f"run{index}")(
                 carry, segment_ids, None if state is None else state[index])
             after.append(run_state)
         h, residual = carry
-        y = RMSNorm(name="final_norm")(h + residual).astype(self.dtype)
+        y = RMSNorm(epsilon=self.config.norm_epsilon, name="final_norm")(h + residual).astype(self.dtype)
         return y, None if state is None else tuple(after)
 
 
@@ -97,11 +102,11 @@ _MAY_STORE = {
 
 
 def empty_state(
-    runs: tuple[tuple[str, int], ...], stage: StageConfig, batch: int, max_length: int, dtype: jnp.dtype
+    layout: str, config: StackConfig, batch: int, max_length: int, dtype: jnp.dtype
 ) -> tuple[MixerState, ...]:
-    """The state of an `Isotropic` before the first token; attention holds up to `max_length` tokens a row."""
+    """Returns the state of a `Stack` before the first token; attention holds up to `max_length` tokens a row."""
     def of_run(layer: str, count: int) -> MixerState:
-        state = empty_mixer_state(mixer_of(layer), stage, batch, max_length, dtype)
+        state = empty_mixer_state(mixer_of(layer), config, batch, max_length, dtype)
         return jax.tree.map(lambda leaf: jnp.repeat(leaf[None], count, axis=0), state)
 
-    return tuple(of_run(*run) for run in runs)
+    return tuple(of_run(*run) for run in parse_layout(layout))

@@ -6,27 +6,27 @@ three that chunk are one network, an outer m2 + m2 around an inner T4, and aim a
 of a line counts as one space), and nothing can change that. The fourth does its inner work on bytes, in narrower
 layers.
 """
-from ml_collections import ConfigDict
-
 from experiments.config import DataConfig, OptimizerConfig, RunConfig
-from hnet import HNetConfig, StageConfig
+from hnet import AttentionConfig, ChunkingConfig, HNetConfig, RecurrenceConfig, StackConfig, StageConfig
+
+RECURRENCE = RecurrenceConfig(state_size=32, chunk_size=32)
 
 
-def chunked_config(*, router: str, aim: float = 11.0, **router_fields) -> ConfigDict:
+def chunked_config(*, router: str, aim: float = 11.0, **router_fields) -> RunConfig:
     """A one-stage H-Net with this router; no boundary is ever demoted. `aim` is for one that learns."""
     stages = (
         StageConfig(
-            width=64, encoder="m2", decoder="m2", router=router, **router_fields,
-            capacity=0.25, grow_to=(0.5, 1.0), overflow="grow",
-            ssm_state_size=32, ssm_head_width=64, ssm_chunk_size=32),
-        StageConfig(
-            width=128, encoder="T4", decoder="", num_heads=4, rotary_width=16, feed_forward_width=256),
+            encoder="m2", decoder="m2", stack=StackConfig(width=64, recurrence=RECURRENCE),
+            chunking=ChunkingConfig(
+                router=router, **router_fields, capacity=0.25, grow_to=(0.5, 1.0), overflow="grow")),
+        StageConfig(encoder="T4", stack=StackConfig(
+            width=128, attention=AttentionConfig(num_heads=4, rotary_width=16), feed_forward_width=256)),
     )
     objective = "hnet" if router == "learned" else "none"
     return run_config(*stages, tokens_per_chunk=(aim,), ratio_objective=objective)
 
 
-def run_config(*stages: StageConfig, **fields) -> ConfigDict:
+def run_config(*stages: StageConfig, **fields) -> RunConfig:
     return RunConfig(
         model=HNetConfig(stages=stages),
         data=DataConfig(source="stdlib", sequence_length=256, batch_size=16),
@@ -34,4 +34,4 @@ def run_config(*stages: StageConfig, **fields) -> ConfigDict:
         num_steps=300, log_every=20, eval_every=50, eval_bytes=65_536, checkpoint_every=150, keep_checkpoints=1,
         report=False,
         **fields,
-    ).to_config_dict()
+    )

@@ -2,12 +2,12 @@
 
   python -m experiments.train --config=compare_isotropic --workdir=runs/flat
 """
-from configs.compare._compare import run_config
-from hnet import StageConfig
+from configs.compare._compare import RECURRENCE, run_config
+from experiments.config import RunConfig
+from hnet import AttentionConfig, StackConfig, StageConfig
 
 
-def get_config():
-    stage = StageConfig(
-        width=64, encoder="m2t2m2", decoder="", num_heads=4, rotary_width=8,
-        ssm_state_size=32, ssm_head_width=64, ssm_chunk_size=32)
+def get_config() -> RunConfig:
+    stage = StageConfig(encoder="m2t2m2", stack=StackConfig(
+        width=64, attention=AttentionConfig(num_heads=4, rotary_width=8), recurrence=RECURRENCE))
     return run_config(stage, tokens_per_chunk=())

@@ -3,7 +3,8 @@
   python -m experiments.train --config=compare_stride --workdir=runs/stride
 """
 from configs.compare._compare import chunked_config
+from experiments.config import RunConfig
 
 
-def get_config():
+def get_config() -> RunConfig:
     return chunked_config(router="stride", router_stride=8)

@@ -8,34 +8,34 @@ for chunks, what the backward pass computes again, and the length of a scan's ch
 Set --config.data.source: the text is the quick start's until you do. On several devices, set --config.model_axis
 and --config.optimizer.accumulation_steps to what fits; python -m experiments.describe says what a model needs.
 """
-from ml_collections import ConfigDict
-
 from experiments.config import DataConfig, OptimizerConfig, RunConfig
-from hnet import HNetConfig, StageConfig
+from hnet import AttentionConfig, ChunkingConfig, HNetConfig, RecurrenceConfig, StackConfig, StageConfig
 
 PEAK_LR_L, PEAK_LR_XL = 6.25e-4, 5e-4
 FEED_FORWARD_WIDTH = {1024: 2816, 1536: 4096, 2048: 5504}
 NUM_HEADS = 16
 
 
-def outer_stage(width: int, encoder: str, decoder: str, *, capacity: float, **fields) -> StageConfig:
-    """A stage that chunks, whose attention sees 1024 tokens.
+def outer_stage(width: int, encoder: str, decoder: str, *, capacity: float, **chunking) -> StageConfig:
+    """Makes a stage that chunks, whose attention sees 1024 tokens.
 
     Args:
       capacity: slots per token, above what is aimed at by as much as rows differ; there are more when they are
         needed, as by a router that has yet to learn.
     """
     grow_to = (2 * capacity, 1.0) if 2 * capacity < 1 else (1.0,)
-    return _stage(width, encoder, decoder, window=1023, capacity=capacity, overflow="grow", grow_to=grow_to,
-                  remat="dots", **fields)
+    return StageConfig(
+        encoder=encoder, decoder=decoder, stack=_stack(width, encoder + decoder, window=1023, remat="dots"),
+        chunking=ChunkingConfig(capacity=capacity, overflow="grow", grow_to=grow_to, **chunking))
 
 
-def main_network(width: int, layers: str, **fields) -> StageConfig:
-    return _stage(width, layers, "", remat="block", **fields)
+def main_network(width: int, layers: str, *, window: int | None = None) -> StageConfig:
+    """Makes the innermost stage, whose attention sees everything unless it has a window."""
+    return StageConfig(encoder=layers, stack=_stack(width, layers, window=window, remat="block"))
 
 
-def paper_run(*stages: StageConfig, peak_lr: float, tokens_per_chunk: tuple[float, ...], **fields) -> ConfigDict:
-    """The recipe, in bfloat16, for a model of these stages."""
+def paper_run(*stages: StageConfig, peak_lr: float, tokens_per_chunk: tuple[float, ...], **fields) -> RunConfig:
+    """Makes a run by the recipe, in bfloat16, for a model of these stages."""
     return RunConfig(
         model=HNetConfig(stages=stages, dtype="bfloat16"),
         data=DataConfig(sequence_length=8192, batch_size=256),
@@ -44,12 +44,13 @@ def paper_run(*stages: StageConfig, peak_lr: float, tokens_per_chunk: tuple[floa
             stage_lr_rule="paper"),
         num_steps=220_000, tokens_per_chunk=tokens_per_chunk, log_every=50, eval_every=2000, eval_bytes=8_388_608,
         checkpoint_every=2000, **fields,
-    ).to_config_dict()
+    )
 
 
-def _stage(width: int, encoder: str, decoder: str, **fields) -> StageConfig:
-    has_feed_forward = any(letter in "MT" for letter in encoder + decoder)
-    return StageConfig(
-        width=width, encoder=encoder, decoder=decoder, num_heads=NUM_HEADS,
-        rotary_width=width // NUM_HEADS // 2,  # half of each head
-        feed_forward_width=FEED_FORWARD_WIDTH[width] if has_feed_forward else 0, ssm_chunk_size=128, **fields)
+def _stack(width: int, layers: str, *, window: int | None, remat: str) -> StackConfig:
+    has_feed_forward = any(letter in "MT" for letter in layers)
+    half_of_each_head = width // NUM_HEADS // 2
+    return StackConfig(
+        width=width, attention=AttentionConfig(num_heads=NUM_HEADS, rotary_width=half_of_each_head, window=window),
+        recurrence=RecurrenceConfig(chunk_size=128),
+        feed_forward_width=FEED_FORWARD_WIDTH[width] if has_feed_forward else 0, remat=remat)

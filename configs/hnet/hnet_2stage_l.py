@@ -5,9 +5,10 @@
 The recipe, and what to set before you run this, are in _official.py.
 """
 from configs.hnet._official import PEAK_LR_L, main_network, outer_stage, paper_run
+from experiments.config import RunConfig
 
 
-def get_config():
+def get_config() -> RunConfig:
     return paper_run(
         outer_stage(1024, "m4", "m4", capacity=0.5), outer_stage(1024, "T1m4", "m4T1", capacity=0.5),
         main_network(1536, "T26"), peak_lr=PEAK_LR_L, tokens_per_chunk=(3.0, 3.0))

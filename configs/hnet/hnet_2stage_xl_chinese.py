@@ -6,9 +6,10 @@ The recipe is in _official.py, with what to set before you run this. The paper t
 Chinese; the number of steps is that of English here.
 """
 from configs.hnet._official import PEAK_LR_XL, main_network, outer_stage, paper_run
+from experiments.config import RunConfig
 
 
-def get_config():
+def get_config() -> RunConfig:
     return paper_run(
         outer_stage(1024, "m4", "m4", capacity=0.5), outer_stage(1536, "T1m4", "m4T1", capacity=0.5),
         main_network(2048, "T30"), peak_lr=PEAK_LR_XL, tokens_per_chunk=(3.0, 3.0))

@@ -7,9 +7,10 @@ nothing is smoothed; documents begin with a chunk, hence slots for a few more. R
 run this: _official.py.
 """
 from configs.hnet._official import PEAK_LR_L, main_network, outer_stage, paper_run
+from experiments.config import RunConfig
 
 
-def get_config():
+def get_config() -> RunConfig:
     return paper_run(
         outer_stage(1024, "m4", "m4", router="stride", router_stride=6, upsampler="none", capacity=0.1875),
         main_network(1536, "T28"), peak_lr=PEAK_LR_L, tokens_per_chunk=(6.0,), ratio_objective="none")

@@ -7,9 +7,10 @@ smoothed. 6 bytes per word is what the paper measured on FineWeb-Edu, not a sett
 before you run this: _official.py.
 """
 from configs.hnet._official import PEAK_LR_L, main_network, outer_stage, paper_run
+from experiments.config import RunConfig
 
 
-def get_config():
+def get_config() -> RunConfig:
     return paper_run(
         outer_stage(1024, "m4", "m4", router="space", upsampler="none", capacity=0.25),
         main_network(1536, "T28"), peak_lr=PEAK_LR_L, tokens_per_chunk=(6.0,), ratio_objective="none")

@@ -5,8 +5,9 @@
 28 layers of Mamba-2 at width 1024 are our choice. Recipe, and what to set before you run this: _official.py.
 """
 from configs.hnet._official import PEAK_LR_L, main_network, paper_run
+from experiments.config import RunConfig
 
 
-def get_config():
+def get_config() -> RunConfig:
     return paper_run(
         main_network(1024, "m28"), peak_lr=PEAK_LR_L, tokens_per_chunk=())

@@ -8,9 +8,10 @@ our choice; 6 bytes per word is what the H-Net paper measured on FineWeb-Edu, no
 set before you run this: _official.py.
 """
 from configs.hnet._official import PEAK_LR_L, main_network, outer_stage, paper_run
+from experiments.config import RunConfig
 
 
-def get_config():
+def get_config() -> RunConfig:
     return paper_run(
         outer_stage(1024, "T4", "T4", router="space", upsampler="none", capacity=0.25),
         main_network(1536, "T16"), peak_lr=PEAK_LR_L, tokens_per_chunk=(6.0,), ratio_objective="none")

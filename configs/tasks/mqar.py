@@ -13,14 +13,14 @@ the paper (arXiv 2312.04927) each number of pairs has a model of its own:
 """
 from configs.tasks._shared import RECURRENT
 from experiments.tasks.config import MQARConfig, TaskConfig
-from hnet import StageConfig
+from hnet import AttentionConfig, RecurrenceConfig, StackConfig
 
 
-def get_config():
-    stage = StageConfig(
-        width=128, encoder="", decoder="", num_heads=2, rotary_width=32, feed_forward_width=256,
-        ssm_state_size=64, ssm_head_width=64)
+def get_config() -> TaskConfig:
+    stack = StackConfig(
+        width=128, attention=AttentionConfig(num_heads=2, rotary_width=32),
+        recurrence=RecurrenceConfig(state_size=64), feed_forward_width=256)
     return TaskConfig(
-        data=MQARConfig(), stage=stage, mixers=("t", *RECURRENT), learning_rates=(1e-3, 3.2e-3, 1e-2, 3.2e-2),
+        data=MQARConfig(), stack=stack, mixers=("t", *RECURRENT), learning_rates=(1e-3, 3.2e-3, 1e-2, 3.2e-2),
         num_steps=22_500, batch_size=256, test_batch_size=50,
-    ).to_config_dict()
+    )

@@ -6,18 +6,18 @@ Slots that hold nothing are blank: of so small a vocabulary random tokens would 
 """
 from configs.tasks._shared import RECURRENT
 from experiments.tasks.config import MQARConfig, TaskConfig
-from hnet import StageConfig
+from hnet import AttentionConfig, RecurrenceConfig, StackConfig
 
 
-def get_config():
+def get_config() -> TaskConfig:
     lengths, pairs = (64, 64, 64), (4, 8, 16)
     data = MQARConfig(
         vocab_size=48, train_lengths=lengths, train_pairs=pairs, train_shares=(1.0, 1.0, 1.0),
         test_lengths=lengths, test_pairs=pairs, random_non_queries=False)
-    stage = StageConfig(
-        width=64, encoder="", decoder="", num_heads=2, rotary_width=16, feed_forward_width=128,
-        ssm_state_size=8, ssm_expand=1, ssm_head_width=32)
+    stack = StackConfig(
+        width=64, attention=AttentionConfig(num_heads=2, rotary_width=16),
+        recurrence=RecurrenceConfig(state_size=8, expand=1, head_width=32), feed_forward_width=128)
     return TaskConfig(
-        data=data, stage=stage, mixers=("t", *RECURRENT), learning_rates=(5e-3,), schedule="wsd",
+        data=data, stack=stack, mixers=("t", *RECURRENT), learning_rates=(5e-3,), schedule="wsd",
         num_steps=600, batch_size=32,
-    ).to_config_dict()
+    )

@@ -8,15 +8,15 @@ attention that writes down its scores needs 3.3 GB for each sequence there.
 """
 from configs.tasks._shared import RECURRENT
 from experiments.tasks.config import SelectivBenchConfig, TaskConfig
-from hnet import StageConfig
+from hnet import AttentionConfig, RecurrenceConfig, StackConfig
 
 
-def get_config():
-    stage = StageConfig(
-        width=256, encoder="", decoder="", num_heads=2, rotary_width=64, feed_forward_width=512,
-        ssm_state_size=128, ssm_head_width=128)
+def get_config() -> TaskConfig:
+    stack = StackConfig(
+        width=256, attention=AttentionConfig(num_heads=2, rotary_width=64),
+        recurrence=RecurrenceConfig(head_width=128), feed_forward_width=512)
     return TaskConfig(
-        data=SelectivBenchConfig(), stage=stage, mixers=("T", *RECURRENT), learning_rates=(5e-4, 1e-3, 2e-3),
+        data=SelectivBenchConfig(), stack=stack, mixers=("T", *RECURRENT), learning_rates=(5e-4, 1e-3, 2e-3),
         num_layers=8, conv_taps=0, num_steps=3125, steps_per_call=25, warmup_fraction=0.15, weight_decay=0.0,
         test_batch_size=4,
-    ).to_config_dict()
+    )

@@ -6,18 +6,18 @@ Each mixer is trained once; with --config.data.kinds="('complexity','gaps','dist
 """
 from configs.tasks._shared import RECURRENT
 from experiments.tasks.config import SelectivBenchConfig, TaskConfig
-from hnet import StageConfig
+from hnet import AttentionConfig, RecurrenceConfig, StackConfig
 
 
-def get_config():
+def get_config() -> TaskConfig:
     data = SelectivBenchConfig(
         kinds=("gaps", "generalisation"), alphabets=(6,), depth=4, num_shown=24, gaps=(1, 3),
         first_distractor=8, longer_gaps=(6, 12))
-    stage = StageConfig(
-        width=64, encoder="", decoder="", num_heads=2, rotary_width=16, feed_forward_width=128,
-        ssm_state_size=16, ssm_expand=1, ssm_head_width=32)
+    stack = StackConfig(
+        width=64, attention=AttentionConfig(num_heads=2, rotary_width=16),
+        recurrence=RecurrenceConfig(state_size=16, expand=1, head_width=32), feed_forward_width=128)
     return TaskConfig(
-        data=data, stage=stage, mixers=("t", *RECURRENT), learning_rates=(5e-3,), schedule="wsd",
+        data=data, stack=stack, mixers=("t", *RECURRENT), learning_rates=(5e-3,), schedule="wsd",
         num_steps=300, batch_size=16,
         test_sequences=256, conv_taps=0,
-    ).to_config_dict()
+    )

@@ -6,10 +6,11 @@ A word is the vector of the byte after it, which has seen it whole; what is a wo
 reads the output of its chunk, where AU-Net has a map of its own for each place in a chunk.
 """
 from configs.tiny._tiny import attention_stage, byte_stage, tiny_run
+from experiments.config import RunConfig
 from hnet import HNetConfig
 
 
-def get_config():
+def get_config() -> RunConfig:
     # Within a row of words there are few slots to save: pairs have one for each word.
     pairs = dict(router="stride", router_stride=2, upsampler="none")
     return tiny_run(

@@ -3,7 +3,8 @@
   python -m experiments.train --config=blt_boundary_lm_tiny_stdlib --workdir=runs/lm
 """
 from configs.tiny._tiny import blt_boundary_lm, tiny_run
+from experiments.config import RunConfig
 
 
-def get_config():
+def get_config() -> RunConfig:
     return tiny_run(blt_boundary_lm(), tokens_per_chunk=())

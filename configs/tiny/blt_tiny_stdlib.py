@@ -8,10 +8,11 @@ cross-attention on both ways; it also embeds the byte n-grams that end at each b
 held-out text have 4.0 bytes.
 """
 from configs.tiny._tiny import attention_stage, blt_boundary_lm, byte_stage, tiny_run
+from experiments.config import RunConfig
 from hnet import HNetConfig
 
 
-def get_config():
+def get_config() -> RunConfig:
     bytes_ = byte_stage(
         "T1", "T2", capacity=0.5, router="entropy", entropy_threshold=2.75, downsampler="max", upsampler="none")
     return tiny_run(

@@ -3,23 +3,26 @@
   python -m experiments.train --config=hnet2_tiny_stdlib --workdir=runs/hnet2
 """
 from experiments.config import DataConfig, OptimizerConfig, RunConfig
-from hnet import HNetConfig, StageConfig
+from hnet import AttentionConfig, ChunkingConfig, HNetConfig, RecurrenceConfig, StackConfig, StageConfig
 
 
-def get_config():
+def get_config() -> RunConfig:
+    recurrence = RecurrenceConfig(state_size=32, chunk_size=32)
     stages = (
         StageConfig(
-            width=64, encoder="m2", decoder="m2", capacity=0.75,
-            ssm_state_size=32, ssm_head_width=64, ssm_chunk_size=32),
+            encoder="m2", decoder="m2", chunking=ChunkingConfig(capacity=0.75),
+            stack=StackConfig(width=64, recurrence=recurrence)),
         StageConfig(
-            width=96, encoder="T1m1", decoder="m1T1", capacity=0.85, num_heads=4, rotary_width=12, window=63,
-            feed_forward_width=192, ssm_state_size=32, ssm_head_width=64, ssm_chunk_size=32),
-        StageConfig(
-            width=128, encoder="T2", decoder="", num_heads=4, rotary_width=16, feed_forward_width=256),
+            encoder="T1m1", decoder="m1T1", chunking=ChunkingConfig(capacity=0.85),
+            stack=StackConfig(
+                width=96, attention=AttentionConfig(num_heads=4, rotary_width=12, window=63),
+                recurrence=recurrence, feed_forward_width=192)),
+        StageConfig(encoder="T2", stack=StackConfig(
+            width=128, attention=AttentionConfig(num_heads=4, rotary_width=16), feed_forward_width=256)),
     )
     return RunConfig(
         model=HNetConfig(stages=stages),
         data=DataConfig(source="stdlib", sequence_length=256, batch_size=16),
         optimizer=OptimizerConfig(peak_lr=3e-3, warmup_steps=20),
         num_steps=450, tokens_per_chunk=(2.5, 2.5), log_every=10, eval_every=150, checkpoint_every=150,
-    ).to_config_dict()
+    )

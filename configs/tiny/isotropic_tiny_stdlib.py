@@ -3,16 +3,16 @@
   python -m experiments.train --config=isotropic_tiny_stdlib --workdir=runs/isotropic
 """
 from experiments.config import DataConfig, OptimizerConfig, RunConfig
-from hnet import HNetConfig, StageConfig
+from hnet import AttentionConfig, HNetConfig, RecurrenceConfig, StackConfig, StageConfig
 
 
-def get_config():
-    stage = StageConfig(
-        width=96, encoder="M2T1M2", decoder="", num_heads=4, rotary_width=12, feed_forward_width=192,
-        ssm_state_size=32, ssm_head_width=64, ssm_chunk_size=32)
+def get_config() -> RunConfig:
+    stage = StageConfig(encoder="M2T1M2", stack=StackConfig(
+        width=96, attention=AttentionConfig(num_heads=4, rotary_width=12),
+        recurrence=RecurrenceConfig(state_size=32, chunk_size=32), feed_forward_width=192))
     return RunConfig(
         model=HNetConfig(stages=(stage,)),
         data=DataConfig(source="stdlib", sequence_length=256, batch_size=16),
         optimizer=OptimizerConfig(peak_lr=3e-3, warmup_steps=20),
         num_steps=450, tokens_per_chunk=(), log_every=10, eval_every=150, checkpoint_every=150,
-    ).to_config_dict()
+    )

@@ -6,10 +6,11 @@ A patch is the mean of its bytes' vectors, where MegaByte puts their embeddings 
 bytes reaches back across patches.
 """
 from configs.tiny._tiny import attention_stage, byte_stage, tiny_run
+from experiments.config import RunConfig
 from hnet import HNetConfig
 
 
-def get_config():
+def get_config() -> RunConfig:
     bytes_ = byte_stage(
         "T1", "T2", capacity=0.3125, router="stride", router_stride=4, downsampler="mean", upsampler="none")
     return tiny_run(HNetConfig(stages=(bytes_, attention_stage(128, "T2"))), tokens_per_chunk=(4.0,))

@@ -7,9 +7,10 @@ padding to the wider stage, and every byte reads the output of its chunk. Words 
 the space before them, because indentation counts as one space.
 """
 from configs.tiny._tiny import attention_stage, byte_stage, tiny_run
+from experiments.config import RunConfig
 from hnet import HNetConfig
 
 
-def get_config():
+def get_config() -> RunConfig:
     bytes_ = byte_stage("T2", "T2", capacity=0.25, router="space", upsampler="none")
     return tiny_run(HNetConfig(stages=(bytes_, attention_stage(128, "T2"))), tokens_per_chunk=(8.2,))

@@ -45,7 +45,7 @@ def model_flops_per_byte(
     # As many slots as there are chunks, to the nearest slot; no way to grow and no packing.
     capacities = [1 / number for number in tokens_per_chunk] + [1.0]
     stages = tuple(
-        dataclasses.replace(stage, capacity=capacity, overflow="merge", packed=False, remat="none")
+        stage.with_chunking(capacity=capacity, overflow="merge", packed=False).with_stack(remat="none")
         for stage, capacity in zip(config.stages, capacities, strict=True))
     model = HNetLM(dataclasses.replace(config, stages=stages))
 

@@ -7,7 +7,6 @@ does in text. All ways compute the same numbers, because none demotes a boundary
 `rows` fits the fullest row and `packed` the whole batch, both with 5 % to spare; `grow` starts from the mean of
 the rows.
 """
-import dataclasses
 import math
 from functools import partial
 from pathlib import Path
@@ -20,14 +19,25 @@ from experiments import commands
 from experiments.analysis.flops import count_flops
 from experiments.benchmarks.timing import interleaved_seconds, write_results
 from experiments.errors import run_command
-from hnet import HNetConfig, HNetLM, StageConfig, parameter_shapes
+from hnet import (
+    AttentionConfig,
+    ChunkingConfig,
+    HNetConfig,
+    HNetLM,
+    RecurrenceConfig,
+    StackConfig,
+    StageConfig,
+    parameter_shapes,
+)
 
 ROWS, LENGTH = 16, 512  # bytes
 RATES = (1 / 4, 1 / 6)  # boundaries per byte
 ROW_SPREAD = 0.2        # standard deviation of a row's rate, relative to the mean
 INNER = {
-    "attention": StageConfig(width=128, encoder="T4", decoder="", num_heads=4, feed_forward_width=256),
-    "mamba2": StageConfig(width=128, encoder="M4", decoder="", feed_forward_width=256, ssm_state_size=32),
+    "attention": StageConfig(encoder="T4", stack=StackConfig(
+        width=128, attention=AttentionConfig(num_heads=4), feed_forward_width=256)),
+    "mamba2": StageConfig(encoder="M4", stack=StackConfig(
+        width=128, recurrence=RecurrenceConfig(state_size=32), feed_forward_width=256)),
 }
 
 
@@ -71,7 +81,8 @@ def measure(inner: str, rate: float, repeats: int) -> list[dict[str, object]]:
 
 def model_config(inner: str, **fields) -> HNetConfig:
     outer = StageConfig(
-        width=64, encoder="m1", decoder="m1", router="given", ssm_state_size=32, ssm_chunk_size=32, **fields)
+        encoder="m1", decoder="m1", chunking=ChunkingConfig(router="given", **fields),
+        stack=StackConfig(width=64, recurrence=RecurrenceConfig(state_size=32, chunk_size=32)))
     return HNetConfig(stages=(outer, INNER[inner]))
 
 
@@ -102,10 +113,10 @@ def _slots(fields: dict, counts: np.ndarray) -> int:
 def _inner_flops(inner: str, slots: int, *, packed: bool) -> int:
     """Counts forward FLOPs of the inner stage on its slots; packed attention forms scores between rows too."""
     rows = 1 if packed else ROWS
-    config = HNetConfig(stages=(dataclasses.replace(INNER[inner]),))
+    config = HNetConfig(stages=(INNER[inner],))
     model, tokens = HNetLM(config), jax.ShapeDtypeStruct((rows, slots // rows), jnp.int32)
     total = count_flops(lambda p, t: model.apply({"params": p}, t).logits, parameter_shapes(config), tokens)
-    return total - 2 * rows * (slots // rows) * INNER[inner].width * config.vocab_size  # without the head
+    return total - 2 * rows * (slots // rows) * INNER[inner].stack.width * config.vocab_size  # without the head
 
 
 if __name__ == "__main__":

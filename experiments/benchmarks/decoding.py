@@ -30,7 +30,7 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(argv)
     rows = []
     for name in ("quickstart", "hnet2_tiny_stdlib"):
-        config = RunConfig.from_config_dict(load_config(name, [])).model.at_full_capacity()
+        config = load_config(name, [], RunConfig).model.at_full_capacity()
         calls = {batch: _decode(config, batch) for batch in BATCHES}
         seconds = interleaved_seconds(calls, repeats=arguments.repeats)
         for batch in BATCHES:

@@ -1,11 +1,9 @@
-"""What a run is made of: frozen dataclasses with the defaults, and their ConfigDict form for the command line."""
+"""What a training run is made of: frozen dataclasses with the defaults, checked where they are made."""
 import dataclasses
-from collections.abc import Iterable, Mapping
-from typing import Any, get_args
+from collections.abc import Iterable
+from typing import Any, Literal, get_args
 
-from ml_collections import ConfigDict
-
-from experiments.errors import UsageError, suggest
+from experiments.errors import suggest
 from hnet import HNetConfig
 from layers.chunking.ratio_loss import RatioObjective
 
@@ -14,26 +12,38 @@ SCHEDULES = {
     "wsd_inverse_sqrt": "warm up, stay, fall as an inverse square root",
     "cosine": "warm up, fall as a cosine",
 }
-DECAY_GROUPS = ("kernels", "official")
-STAGE_LR_RULES = ("equal", "paper")
-RATIO_STATISTICS = ("global", "local")
+Schedule = Literal["wsd", "wsd_inverse_sqrt", "cosine"]
+DecayGroups = Literal["kernels", "official"]
+StageLrRule = Literal["equal", "paper"]
+RatioStatistics = Literal["global", "local"]
 
 
 def check_choice(field: str, value: str, choices: Iterable[str]) -> None:
+    """Raises ValueError for a value that is not one of `choices`."""
+    choices = list(choices)
     if value not in choices:
         raise ValueError(f"{field} {value!r} is not one of {', '.join(choices)}{suggest(value, choices)}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where bytes come from, and in what portions."""
+    r"""Where bytes come from, and in what portions.
 
-    source: str = "stdlib"      # stdlib | files:<glob> | tfds:<name or prepared directory>
-    text_key: str = "text"      # the feature to read from a tfds data set
-    cache_dir: str = ""         # prepared corpora; "" = the user's cache directory
-    sequence_length: int = 256  # bytes per window
-    batch_size: int = 16        # windows per step, over all devices and hosts
-    loss_after: str = ""        # predict what follows this text in a document, such as "\\nAnswer:"; "" = all
+    Attributes:
+      source: stdlib | files:<glob> | tfds:<name or prepared directory>.
+      text_key: the feature to read from a tfds data set.
+      cache_dir: prepared corpora; "" = the user's cache directory.
+      sequence_length: bytes per window.
+      batch_size: windows per step, over all devices and hosts.
+      loss_after: only what follows this text in a document is predicted, such as "\nAnswer:"; "" = all.
+    """
+
+    source: str = "stdlib"
+    text_key: str = "text"
+    cache_dir: str = ""
+    sequence_length: int = 256
+    batch_size: int = 16
+    loss_after: str = ""
 
     def __post_init__(self):
         try:
@@ -52,28 +62,45 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW with a schedule, per-stage learning rates and a choice of what decays."""
+    """AdamW with a schedule, a learning rate per stage, and a choice of what decays.
+
+    Attributes:
+      peak_lr: learning rate after the warm-up.
+      schedule: see SCHEDULES.
+      warmup_steps: steps of linear rise.
+      warmup_fraction: the same as a fraction of num_steps, in place of warmup_steps, which is then 0.
+      decay_fraction: of num_steps, at the end; for wsd and wsd_inverse_sqrt.
+      final_lr_fraction: of peak_lr, reached at the last step.
+      b1, b2: decay per step of Adam's averages of gradients and of their squares.
+      weight_decay: per step and learning rate.
+      decay_groups: "kernels" = matrices and convolution taps; "official" = all that the release decays.
+      max_grad_norm: gradients are scaled down to this global norm; 0 = off.
+      accumulation_steps: parts of a batch that are differentiated one after the other.
+      stage_lr_rule: "equal" = one rate; "paper" = by width and compression, H-Net eq. 11.
+      stage_lr_multipliers: one per stage, outermost first, in place of a rule; () = by the rule.
+      ema_decay: per step, of an average of the weights that evaluation uses; 0 = none.
+    """
 
     peak_lr: float = 3e-3
-    schedule: str = "wsd"             # see SCHEDULES
+    schedule: Schedule = "wsd"
     warmup_steps: int = 20
-    warmup_fraction: float = 0.0      # of num_steps, in place of warmup_steps, which is then 0
-    decay_fraction: float = 0.2       # of num_steps, at the end; for wsd and wsd_inverse_sqrt
-    final_lr_fraction: float = 0.05   # of peak_lr, reached at the last step
+    warmup_fraction: float = 0.0
+    decay_fraction: float = 0.2
+    final_lr_fraction: float = 0.05
     b1: float = 0.9
     b2: float = 0.95
     weight_decay: float = 0.1
-    decay_groups: str = "kernels"     # kernels = matrices and convolution taps | official = all the release decays
-    max_grad_norm: float = 1.0        # gradients are scaled down to this global norm; 0 = off
-    accumulation_steps: int = 1       # parts of a batch that are differentiated one after the other
-    stage_lr_rule: str = "equal"      # equal = one rate | paper = by width and compression, H-Net eq. 11
-    stage_lr_multipliers: tuple[float, ...] = ()  # outermost stage first, in place of a rule; () = by the rule
-    ema_decay: float = 0.0            # per step, of an average of the weights that evaluation uses; 0 = none
+    decay_groups: DecayGroups = "kernels"
+    max_grad_norm: float = 1.0
+    accumulation_steps: int = 1
+    stage_lr_rule: StageLrRule = "equal"
+    stage_lr_multipliers: tuple[float, ...] = ()
+    ema_decay: float = 0.0
 
     def __post_init__(self):
-        for field, choices in (("schedule", SCHEDULES), ("decay_groups", DECAY_GROUPS),
-                               ("stage_lr_rule", STAGE_LR_RULES)):
-            check_choice(f"optimizer.{field}", getattr(self, field), choices)
+        for field, choices in (("schedule", Schedule), ("decay_groups", DecayGroups),
+                               ("stage_lr_rule", StageLrRule)):
+            check_choice(f"optimizer.{field}", getattr(self, field), get_args(choices))
         for field in ("warmup_fraction", "decay_fraction", "final_lr_fraction", "b1", "b2"):
             value = getattr(self, field)
             if not 0 <= value <= 1:
@@ -99,29 +126,48 @@ class OptimizerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One experiment: a model, its data, its optimisation, and how often to look."""
+    """One experiment: a model, its data, its optimisation, and how often to look.
+
+    Attributes:
+      seed: of the initial weights and of the order of the data.
+      num_steps: steps of training in all.
+      tokens_per_chunk: compression that the ratio loss aims at, one per chunking stage.
+      tokens_per_chunk_start: the same in the first step; () = no schedule.
+      tokens_per_chunk_ramp_steps: steps from there to tokens_per_chunk, in equal parts.
+      ratio_objective: "hnet"; "hinge" = only too many chunks cost; "none"; see `layers.ratio_loss`.
+      ratio_statistics: means over the "global" batch, or the "local" rows of each data shard.
+      ratio_loss_weight: factor on the ratio losses.
+      max_overflow_fraction: more of a stage's boundaries past its capacity stop training; 1 = never.
+      init_from: a run whose weights a new run starts from; "" = random weights.
+      boundary_lm_from: the run whose weights model.boundary_lm has.
+      log_every, eval_every, checkpoint_every: steps between; the last two also after the last step.
+      eval_bytes: held-out bytes per evaluation.
+      keep_checkpoints: newest checkpoints that stay on disk.
+      model_axis: devices that share one copy of the parameters; the others split the batch.
+      report: write report.html when training ends.
+    """
 
     model: HNetConfig
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     seed: int = 0
     num_steps: int = 1000
-    tokens_per_chunk: tuple[float, ...] = (4.0,)  # what the ratio loss aims at, one per chunking stage
-    tokens_per_chunk_start: tuple[float, ...] = ()  # what it aims at in the first step; () = the same
-    tokens_per_chunk_ramp_steps: int = 0            # from there to tokens_per_chunk, in equal parts
-    ratio_objective: str = "hnet"    # hnet | hinge = only too many chunks cost | none; see layers.ratio_loss
-    ratio_statistics: str = "global"  # means over: global = the batch | local = the rows of each data shard
+    tokens_per_chunk: tuple[float, ...] = (4.0,)
+    tokens_per_chunk_start: tuple[float, ...] = ()
+    tokens_per_chunk_ramp_steps: int = 0
+    ratio_objective: RatioObjective = "hnet"
+    ratio_statistics: RatioStatistics = "global"
     ratio_loss_weight: float = 0.03
-    max_overflow_fraction: float = 1.0  # more of a stage's boundaries past its capacity stop training; 1 = never
-    init_from: str = ""              # a run whose weights a new run starts from; "" = random weights
-    boundary_lm_from: str = ""       # the run whose weights model.boundary_lm has
-    log_every: int = 20              # steps
-    eval_every: int = 200            # steps; also after the last one
-    eval_bytes: int = 65_536         # held-out bytes per evaluation
-    checkpoint_every: int = 200      # steps; also after the last one
+    max_overflow_fraction: float = 1.0
+    init_from: str = ""
+    boundary_lm_from: str = ""
+    log_every: int = 20
+    eval_every: int = 200
+    eval_bytes: int = 65_536
+    checkpoint_every: int = 200
     keep_checkpoints: int = 3
-    model_axis: int = 1              # devices that share one copy of the parameters; the rest split the batch
-    report: bool = True              # write report.html when training ends
+    model_axis: int = 1
+    report: bool = True
 
     def __post_init__(self):
         self._check_ratio()
@@ -151,7 +197,7 @@ class RunConfig:
 
     def _check_ratio(self) -> None:
         check_choice("ratio_objective", self.ratio_objective, get_args(RatioObjective))
-        check_choice("ratio_statistics", self.ratio_statistics, RATIO_STATISTICS)
+        check_choice("ratio_statistics", self.ratio_statistics, get_args(RatioStatistics))
         num_chunking = len(self.model.stages) - 1
         start = self.tokens_per_chunk_start
         for field, values in (("tokens_per_chunk", self.tokens_per_chunk), ("tokens_per_chunk_start", start)):
@@ -165,32 +211,6 @@ class RunConfig:
             raise ValueError(
                 f"tokens_per_chunk_start {start} and tokens_per_chunk_ramp_steps "
                 f"{self.tokens_per_chunk_ramp_steps} make a schedule together; set both or neither")
-
-    def to_config_dict(self) -> ConfigDict:
-        """The form that the command line can reach into: --config.model.stages.stage1.width=128."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        fields |= {
-            "model": self.model.to_dict(),
-            "data": dataclasses.asdict(self.data),
-            "optimizer": dataclasses.asdict(self.optimizer),
-        }
-        return ConfigDict(fields)
-
-    @classmethod
-    def from_config_dict(cls, config: ConfigDict | Mapping[str, Any]) -> "RunConfig":
-        """The inverse of `to_config_dict`.
-
-        Raises:
-          UsageError: a value is out of range, or a field does not exist.
-        """
-        fields = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
-        try:
-            fields["model"] = HNetConfig.from_dict(fields["model"])
-            fields["data"] = DataConfig(**fields["data"])
-            fields["optimizer"] = OptimizerConfig(**fields["optimizer"])
-            return cls(**fields)
-        except (ValueError, TypeError, KeyError) as error:
-            raise UsageError(f"config: {error}") from error
 
 
 def _get(config: Any, path: str) -> Any:

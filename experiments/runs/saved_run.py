@@ -1,7 +1,6 @@
 """A run on disk, opened again by the commands that look at it: its config, its parameters, its corpus."""
 import argparse
 import dataclasses
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,8 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 
 from experiments.config import DataConfig, RunConfig
-from experiments.config.files import apply_overrides, config_from_json, split_overrides
+from experiments.config.command_line import apply_overrides, split_overrides
+from experiments.config.files import config_from_saved
 from experiments.data import Corpus, load_corpus
 from experiments.errors import UsageError
 from experiments.runs.checkpoints import Checkpoints, Restored, array_types, first_misfit
@@ -98,7 +98,7 @@ def _open_checkpoints(
 
 
 def _config(meta: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
-    return RunConfig.from_config_dict(apply_overrides(config_from_json(json.dumps(meta["config"])), overrides))
+    return apply_overrides(config_from_saved(meta["config"], RunConfig), overrides)
 
 
 def _abstract_state(config: RunConfig, mesh: Mesh, meta: dict[str, Any]) -> TrainState:

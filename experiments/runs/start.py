@@ -1,12 +1,12 @@
 """The state that training begins with: the newest checkpoint's, or a new one, from a seed or from other runs."""
-import json
 import logging
 from typing import Any
 
 import jax
 
 from experiments.config import RunConfig
-from experiments.config.files import config_to_json
+from experiments.config.codec import flat_fields
+from experiments.config.files import config_from_saved
 from experiments.data import Corpus
 from experiments.errors import UsageError
 from experiments.runs.checkpoints import Checkpoints
@@ -39,7 +39,7 @@ def start_or_resume(
         raise UsageError(
             f"the corpus changed since checkpoint {restored.step}: it had {restored.meta['corpus']} and is now "
             f"{corpus.fingerprint}; restore the files, change config.data.source, or use another --workdir")
-    changed = _differences(restored.meta["config"], json.loads(config_to_json(config.to_config_dict())))
+    changed = _differences(config_from_saved(restored.meta["config"], RunConfig), config)
     if changed:
         logger.warning("resuming with a changed config: %s", "; ".join(changed))
     print(f"resuming at step {restored.step}", flush=True)
@@ -72,19 +72,15 @@ def _restore_boundary_lm(config: RunConfig, wanted: Any) -> Any:
     field = f"config.boundary_lm_from={config.boundary_lm_from}"
     if config.model.boundary_lm is None:
         raise UsageError(f"{field}: config.model has no boundary_lm; leave it empty, or use the router 'entropy'")
-    source = saved_config(config.boundary_lm_from, field="config.boundary_lm_from").model.to_dict()
-    changed = _differences(source, config.model.boundary_lm.to_dict(), "its model")
+    source = saved_config(config.boundary_lm_from, field="config.boundary_lm_from").model
+    changed = _differences(source, config.model.boundary_lm, "its model")
     if changed:
         raise UsageError(f"{field} has another model than config.model.boundary_lm: {'; '.join(changed)} here")
     return restore_params(config.boundary_lm_from, wanted)
 
 
-def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "config") -> list[str]:
-    changed = []
-    for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            changed += _differences(before, after, f"{prefix}.{key}")
-        elif before != after:
-            changed.append(f"{prefix}.{key} was {before!r}, is {after!r}")
-    return changed
+def _differences(old: Any, new: Any, prefix: str = "config") -> list[str]:
+    """Says which fields two configs differ in."""
+    before, after = flat_fields(old), flat_fields(new)
+    return [f"{prefix}.{name} was {before.get(name)!r}, is {after.get(name)!r}"
+            for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]

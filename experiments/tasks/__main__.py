@@ -20,7 +20,8 @@ from typing import Any, NamedTuple
 import jax
 
 from experiments import commands
-from experiments.config.files import CONFIGS_DIRECTORY, load_config, split_overrides
+from experiments.config.command_line import split_overrides
+from experiments.config.files import CONFIGS_DIRECTORY, load_config, saved_fields
 from experiments.errors import UsageError, run_command
 from experiments.runs.grid import write_findings
 from experiments.runs.manifest import prepare_workdir, write_manifest
@@ -94,7 +95,7 @@ def train_all(
     if all(finished.values()):
         print("all runs were finished before", flush=True)
         return 0
-    manifest, num_failed = write_manifest(outdir, config=config.to_config_dict().to_dict()), 0
+    manifest, num_failed = write_manifest(outdir, config=saved_fields(config)), 0
     speed = symbols_per_second(runs[0].setting.sources[0], config.batch_size)
     print(f"{config.task}: {len(runs)} runs; their data is made at {speed / 1e6:.2f} M symbols/s", flush=True)
     # The same setting under another seed is equal, and so are its programs, unless the grammar is another.
@@ -140,14 +141,15 @@ def train(trainer: Trainer, name: RunName, manifest: dict[str, Any], label: str)
         mixer=name.mixer, setting=name.setting, seed=name.seed, learning_rate=name.learning_rate,
         validation=validation, test=test, curve=curve, diverged_at=diverged_at, num_params=trainer.num_params,
         train_seconds=seconds, commit=manifest["git"]["commit"], is_dirty=manifest["git"].get("is_dirty", False),
-        device=manifest["device_kind"], versions=manifest["versions"], config=config.to_config_dict().to_dict())
+        device=manifest["device_kind"], versions=manifest["versions"], config=saved_fields(config))
 
 
 def _config(name: str, mixers: str, overrides: list[str]) -> TaskConfig:
-    fields = load_config(name, overrides, directory=CONFIGS_DIRECTORY / "tasks").to_dict()
-    if mixers:
-        fields["mixers"] = tuple(mixers.split(","))
-    return TaskConfig.from_config_dict(fields)
+    config = load_config(name, overrides, TaskConfig, directory=CONFIGS_DIRECTORY / "tasks")
+    try:
+        return dataclasses.replace(config, mixers=tuple(mixers.split(","))) if mixers else config
+    except ValueError as error:
+        raise UsageError(f"--mixers={mixers}: {error}") from error
 
 
 def _render(results: list[Result], columns: list[Column]) -> tuple[str, str]:

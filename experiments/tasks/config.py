@@ -1,13 +1,10 @@
-"""What an experiment on a synthetic task is made of, with the defaults, and its form for the command line."""
+"""Sizes and settings of an experiment on a synthetic task: frozen dataclasses with the defaults."""
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from typing import Literal, get_args
 
-from ml_collections import ConfigDict
-
-from experiments.config.run import SCHEDULES, check_choice
-from experiments.errors import UsageError
-from hnet import StageConfig
+from experiments.config.run import Schedule, check_choice
+from hnet import StackConfig
+from hnet.config import Dtype
 
 KINDS = {
     "complexity": "one step of zeros after each symbol, no noise",
@@ -15,26 +12,33 @@ KINDS = {
     "distractors": "as complexity, with symbols that the grammar forbids thrown in",
     "generalisation": "the model of gaps, tested with longer ones",
 }
-TARGETS = ("state", "next_symbol")
-# A stack has no chunks, and its layers are those of a mixer.
-_UNUSED_STAGE_FIELDS = (
-    "encoder", "decoder", "router", "router_stride", "entropy_threshold", "downsampler", "upsampler", "capacity",
-    "overflow", "grow_to", "packed")
+Target = Literal["state", "next_symbol"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MQARConfig:
-    """Multi-query associative recall: sequences of several lengths and numbers of pairs; see tasks/mqar.py."""
+    """Multi-query associative recall: sequences of several lengths and numbers of pairs; see tasks/mqar.py.
 
-    vocab_size: int = 8192                                        # half keys, half values
-    train_lengths: tuple[int, ...] = (64, 128, 256, 256, 256)     # tokens, one entry per kind of batch
-    train_pairs: tuple[int, ...] = (4, 8, 16, 32, 64)             # keys and values, of the same kinds
-    train_shares: tuple[float, ...] = (5.0, 1.0, 1.0, 1.0, 1.0)   # of the steps, of the same kinds; any scale
-    test_lengths: tuple[int, ...] = (64, 64, 64, 128, 256, 512, 1024)  # one entry per column of the table
+    Attributes:
+      vocab_size: half keys, half values.
+      train_lengths: tokens, one entry per kind of batch.
+      train_pairs: keys and values, of the same kinds.
+      train_shares: fractions of the steps, of the same kinds; on any scale.
+      test_lengths, test_pairs: one entry per column of the table.
+      one_model: trained on all kinds; False: one model per kind, each tested on its own kind.
+      power: a in p(gap) ~ gap^(a - 1): small = keys are asked for soon.
+      random_non_queries: slots that hold nothing get random tokens; False: token 0.
+    """
+
+    vocab_size: int = 8192
+    train_lengths: tuple[int, ...] = (64, 128, 256, 256, 256)
+    train_pairs: tuple[int, ...] = (4, 8, 16, 32, 64)
+    train_shares: tuple[float, ...] = (5.0, 1.0, 1.0, 1.0, 1.0)
+    test_lengths: tuple[int, ...] = (64, 64, 64, 128, 256, 512, 1024)
     test_pairs: tuple[int, ...] = (4, 8, 16, 32, 64, 128, 256)
-    one_model: bool = True            # trained on all kinds; False: one per kind, each tested on its own kind
-    power: float = 0.01               # a in p(gap) ~ gap^(a - 1): small = keys are asked for soon
-    random_non_queries: bool = True   # slots that hold nothing get random tokens; False: token 0
+    one_model: bool = True
+    power: float = 0.01
+    random_non_queries: bool = True
 
     def __post_init__(self):
         if not len(self.train_lengths) == len(self.train_pairs) == len(self.train_shares) > 0:
@@ -54,22 +58,36 @@ class MQARConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SelectivBenchConfig:
-    """State tracking in strings of random grammars, one per alphabet; see tasks/selectivbench.py."""
+    """State tracking in strings of random grammars, one per alphabet; see tasks/selectivbench.py.
 
-    kinds: tuple[str, ...] = tuple(KINDS)    # a model is trained per kind and alphabet, see KINDS
-    alphabets: tuple[int, ...] = (20, 24, 26, 30, 34, 38, 40)  # ambiguous symbols
-    depth: int = 0                           # states per ambiguous symbol; 0 = as many as there are symbols
-    density: float = 0.4                     # of the symbols that may follow a state
-    target: str = "state"                    # state = of the last symbol | next_symbol
-    num_shown: int = 200                     # symbols of a sequence, which may begin several strings
-    gaps: tuple[int, ...] = (1, 10)          # fewest and most steps after a symbol, in the kind "gaps"
-    noise: float = 0.2                       # amplitude, in the kinds "gaps" and "generalisation"
-    distractor_probability: float = 0.1      # of one after a symbol, in the kind "distractors"
-    first_distractor: int = 50               # the first symbol that may be followed by one
-    longer_gaps: tuple[int, ...] = (10, 20, 50, 100)  # steps after every symbol, in the tests of "generalisation"
+    Attributes:
+      kinds: a model is trained per kind and alphabet, see KINDS.
+      alphabets: ambiguous symbols.
+      depth: states per ambiguous symbol; 0 = as many as there are symbols.
+      density: fraction of the symbols that may follow a state.
+      target: the "state" of the last symbol, or the "next_symbol".
+      num_shown: symbols of a sequence, which may begin several strings.
+      gaps: fewest and most steps after a symbol, in the kind "gaps".
+      noise: amplitude, in the kinds "gaps" and "generalisation".
+      distractor_probability: chance of one after a symbol, in the kind "distractors".
+      first_distractor: the first symbol that may be followed by one.
+      longer_gaps: steps after every symbol, in the tests of "generalisation".
+    """
+
+    kinds: tuple[str, ...] = tuple(KINDS)
+    alphabets: tuple[int, ...] = (20, 24, 26, 30, 34, 38, 40)
+    depth: int = 0
+    density: float = 0.4
+    target: Target = "state"
+    num_shown: int = 200
+    gaps: tuple[int, ...] = (1, 10)
+    noise: float = 0.2
+    distractor_probability: float = 0.1
+    first_distractor: int = 50
+    longer_gaps: tuple[int, ...] = (10, 20, 50, 100)
 
     def __post_init__(self):
-        check_choice("data.target", self.target, TARGETS)
+        check_choice("data.target", self.target, get_args(Target))
         for kind in self.kinds:
             check_choice("data.kinds", kind, KINDS)
         if not self.kinds or not self.alphabets or not self.longer_gaps:
@@ -91,25 +109,42 @@ TASKS: dict[str, type[DataConfig]] = {"mqar": MQARConfig, "selectivbench": Selec
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TaskConfig:
-    """One experiment: a task, and how every mixer is built, trained and tested on it."""
+    """One experiment: a task, and how every mixer is built, trained and tested on it.
 
-    data: DataConfig                       # MQARConfig or SelectivBenchConfig: the task
-    stage: StageConfig                     # width, and the fields of the mixers; its encoder is ""
-    mixers: tuple[str, ...]                # layouts; a name without a count has num_layers layers
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3)  # peaks, each of which is tried with every mixer
+    Attributes:
+      data: the task, which is named in the field "task" of the JSON.
+      stack: width, and the sizes of the mixers.
+      mixers: layouts; a name without a count has num_layers layers.
+      learning_rates: peaks, each of which is tried with every mixer.
+      conv_taps: of a causal convolution before the layers; 0 = none.
+      dtype: of activations and matmuls; parameters and states stay float32.
+      batch_size: sequences, all new in every step.
+      steps_per_call: steps on the device without a word from the host; divides num_steps.
+      schedule: of the learning rate, see experiments/config/run.py.
+      warmup_fraction: of num_steps.
+      final_lr_fraction: of the peak, at the last step.
+      max_grad_norm: gradients are scaled down to this global norm; 0 = off.
+      test_sequences: per column and split, in whole batches.
+      test_batch_size: sequences at a time in tests, which may be longer than in training.
+    """
+
+    data: DataConfig = dataclasses.field(metadata={"kinds": TASKS, "tag": "task"})
+    stack: StackConfig
+    mixers: tuple[str, ...]
+    learning_rates: tuple[float, ...] = (1e-3, 3e-3)
     num_layers: int = 2
-    conv_taps: int = 3                     # of a causal convolution before the layers; 0 = none
-    dtype: str = "float32"                 # of activations and matmuls; parameters and states stay float32
+    conv_taps: int = 3
+    dtype: Dtype = "float32"
     num_steps: int = 1000
-    batch_size: int = 64                   # sequences, all new in every step
-    steps_per_call: int = 20               # on the device without a word from the host; divides num_steps
-    schedule: str = "cosine"               # of the learning rate, see experiments/config/run.py
-    warmup_fraction: float = 0.1           # of num_steps
-    final_lr_fraction: float = 0.0         # of the peak, at the last step
+    batch_size: int = 64
+    steps_per_call: int = 20
+    schedule: Schedule = "cosine"
+    warmup_fraction: float = 0.1
+    final_lr_fraction: float = 0.0
     weight_decay: float = 0.1
-    max_grad_norm: float = 1.0             # 0 = off
-    test_sequences: int = 1000             # per column and split, in whole batches
-    test_batch_size: int = 64              # sequences at a time in tests, which may be longer than in training
+    max_grad_norm: float = 1.0
+    test_sequences: int = 1000
+    test_batch_size: int = 64
 
     def __post_init__(self):
         for field in ("num_layers", "num_steps", "batch_size", "steps_per_call", "test_sequences",
@@ -119,8 +154,8 @@ class TaskConfig:
         if self.num_steps % self.steps_per_call:
             raise ValueError(f"num_steps {self.num_steps} is not a multiple of steps_per_call "
                              f"{self.steps_per_call}; change one of them")
-        check_choice("schedule", self.schedule, SCHEDULES)
-        check_choice("dtype", self.dtype, ("float32", "bfloat16"))
+        check_choice("schedule", self.schedule, get_args(Schedule))
+        check_choice("dtype", self.dtype, get_args(Dtype))
         if not self.mixers or len(set(self.mixers)) < len(self.mixers):
             raise ValueError(f"mixers {self.mixers} must be one or more different layouts")
         rates = self.learning_rates
@@ -128,46 +163,17 @@ class TaskConfig:
             raise ValueError(f"learning_rates {rates} must be one or more different numbers above 0")
         if self.conv_taps < 0:
             raise ValueError(f"conv_taps {self.conv_taps} must not be negative; 0 is no convolution")
+        for mixer in self.mixers:
+            try:
+                self.stack.check_layouts(self.layout_of(mixer))
+            except ValueError as error:
+                raise ValueError(f"mixer {mixer!r}: {error}") from error
 
     @property
     def task(self) -> str:
+        """The name in TASKS."""
         return next(name for name, kind in TASKS.items() if isinstance(self.data, kind))
 
-    def stage_of(self, mixer: str) -> StageConfig:
-        """The stage whose layers are those of a mixer: "t" and "t2" are the same for num_layers 2."""
-        layout = mixer if mixer[-1:].isdigit() else f"{mixer}{self.num_layers}"
-        try:
-            return dataclasses.replace(self.stage, encoder=layout)
-        except ValueError as error:
-            raise ValueError(f"mixer {mixer!r}: {error}") from error
-
-    def to_config_dict(self) -> ConfigDict:
-        """The form that the command line can reach into: --config.stage.num_heads=2."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        stage = dataclasses.asdict(self.stage)
-        fields["stage"] = {name: value for name, value in stage.items() if name not in _UNUSED_STAGE_FIELDS}
-        fields["data"] = dataclasses.asdict(self.data)
-        return ConfigDict({"task": self.task, **fields})
-
-    @classmethod
-    def from_config_dict(cls, config: ConfigDict | Mapping[str, Any]) -> "TaskConfig":
-        """The inverse of `to_config_dict`.
-
-        Raises:
-          UsageError: a value is out of range, a field does not exist, or a mixer does not fit the stage.
-        """
-        fields = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
-        try:
-            task = fields.pop("task")
-            check_choice("task", task, TASKS)
-            fields["data"] = TASKS[task](**fields["data"])
-            fields["stage"] = StageConfig(**fields["stage"], encoder="", decoder="")
-            task_config = cls(**fields)
-            for mixer in task_config.mixers:
-                task_config.stage_of(mixer)
-            return task_config
-        except KeyError as error:
-            raise UsageError(f"config: it has no field {error}, so it is none of a task; those are in "
-                             "configs/tasks") from error
-        except (ValueError, TypeError) as error:
-            raise UsageError(f"config: {error}") from error
+    def layout_of(self, mixer: str) -> str:
+        """Returns the layout of a mixer's layers: "t" and "t2" are the same for num_layers 2."""
+        return mixer if mixer[-1:].isdigit() else f"{mixer}{self.num_layers}"

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from experiments.config.files import config_from_json, flat_fields
+from experiments.config.codec import flat_fields
+from experiments.config.files import config_from_saved
 from experiments.errors import UsageError
 from experiments.files import write_whole
 from experiments.tasks.config import TaskConfig
@@ -78,8 +79,7 @@ def load(name: RunName, outdir: Path, config: TaskConfig) -> Result | None:
         return None
     fields = json.loads(path.read_text(encoding="utf-8"))
     # Through TaskConfig, which fills in fields that were added since.
-    saved = TaskConfig.from_config_dict(config_from_json(json.dumps(fields["config"])))
-    before, now = (flat_fields(each.to_config_dict()) for each in (saved, config))
+    before, now = flat_fields(config_from_saved(fields["config"], TaskConfig)), flat_fields(config)
     for field in sorted(before.keys() | now.keys()):
         if field not in SWEPT and before.get(field) != now.get(field):
             raise UsageError(

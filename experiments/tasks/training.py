@@ -12,13 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.config import OptimizerConfig, RunConfig
+from experiments.config import OptimizerConfig
 from experiments.tasks.config import TaskConfig
 from experiments.tasks.examples import Examples, Source, answer_nats, count_right, sample_batch, split_key
 from experiments.tasks.model import TaskModel
 from experiments.tasks.settings import Setting
 from experiments.training.optimizer import make_optimizer
-from hnet import HNetConfig, StageConfig
 
 
 class TaskState(NamedTuple):
@@ -46,12 +45,12 @@ class Trainer:
         self.config, self.setting = config, setting
         self._sources = setting.sources
         self._tested = tuple(column.source for column in setting.columns)
-        stage = config.stage_of(mixer)
         self._model = TaskModel(
-            stage, setting.input_size, setting.num_classes, config.conv_taps, jnp.dtype(config.dtype))
+            config.layout_of(mixer), config.stack, setting.input_size, setting.num_classes, config.conv_taps,
+            jnp.dtype(config.dtype))
         shapes = jax.eval_shape(self._init_params, 0)
         self.num_params = sum(shape.size for shape in jax.tree.leaves(shapes))
-        self._optimizer = make_optimizer(_run_config(config, stage), shapes)
+        self._optimizer = make_optimizer(_optimizer_config(config), config.num_steps, shapes)
         self._init = jax.jit(self._init_state)
         self._train = jax.jit(self._train_call, static_argnames="sources", donate_argnums=0)
         self._count = jax.jit(self._count_right, static_argnames="sources")
@@ -149,14 +148,12 @@ def _of_same_length(sources: tuple[Source, ...], chosen: int) -> tuple[tuple[Sou
     return tuple(sources[index] for index in same), same.index(chosen)
 
 
-def _run_config(config: TaskConfig, stage: StageConfig) -> RunConfig:
-    """What `make_optimizer` reads: this schedule, with a peak of 1."""
-    optimizer = OptimizerConfig(
+def _optimizer_config(config: TaskConfig) -> OptimizerConfig:
+    """Returns the optimizer of a task, with a schedule that peaks at 1."""
+    return OptimizerConfig(
         peak_lr=1.0, schedule=config.schedule, warmup_steps=0, warmup_fraction=config.warmup_fraction,
         final_lr_fraction=config.final_lr_fraction, weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm)
-    return RunConfig(model=HNetConfig(stages=(stage,)), optimizer=optimizer, num_steps=config.num_steps,
-                     tokens_per_chunk=())
 
 
 def symbols_per_second(source: Source, batch_size: int, *, repeats: int = 5) -> float:

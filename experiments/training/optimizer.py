@@ -1,6 +1,7 @@
 """AdamW with a schedule, a learning rate per stage, and a choice of which parameters decay."""
 import math
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,20 +11,44 @@ import optax
 from experiments.config import OptimizerConfig, RunConfig
 
 PyTree = Any
+Path = tuple[Any, ...]  # keys of a pytree, outermost first
 BYTES_PER_TOKEN = 4.6  # of the GPT-2 tokenizer, whose models' learning rates eq. 11 starts from
 
 
-def make_optimizer(config: RunConfig, params: PyTree) -> optax.GradientTransformation:
-    """Builds the update rule for parameters shaped like `params` (arrays or ShapeDtypeStructs)."""
-    optimizer = config.optimizer
-    multipliers = lr_multipliers(stage_multipliers(config), params)
+def stage_of_path(path: Path) -> int | None:
+    """Returns the stage that a parameter of an `HNetLM` belongs to; embedding and head go with stage 0.
+
+    A `boundary_lm` is frozen, and so belongs to none.
+    """
+    if path[0].key == "boundary_lm":
+        return None
+    stages = re.findall(r"\['stage(\d+)'\]", jax.tree_util.keystr(path))
+    return int(stages[-1]) if stages else 0
+
+
+def make_optimizer(
+    config: OptimizerConfig,
+    num_steps: int,
+    params: PyTree,
+    *,
+    stage_of: Callable[[Path], int | None] = stage_of_path,
+    multipliers: Sequence[float] = (1.0,),
+) -> optax.GradientTransformation:
+    """Builds the update rule of a training of `num_steps` steps.
+
+    Args:
+      params: arrays or ShapeDtypeStructs, shaped like the parameters.
+      stage_of: maps the path of a parameter to the index of its multiplier, or to None if it is frozen.
+      multipliers: factors on the learning rate.
+    """
+    factors = lr_multipliers(multipliers, params, stage_of)
     return optax.chain(
-        optax.clip_by_global_norm(optimizer.max_grad_norm) if optimizer.max_grad_norm else optax.identity(),
-        optax.scale_by_adam(b1=optimizer.b1, b2=optimizer.b2),
-        optax.add_decayed_weights(optimizer.weight_decay, mask=decay_mask(optimizer, params)),
+        optax.clip_by_global_norm(config.max_grad_norm) if config.max_grad_norm else optax.identity(),
+        optax.scale_by_adam(b1=config.b1, b2=config.b2),
+        optax.add_decayed_weights(config.weight_decay, mask=decay_mask(config, params)),
         # After the decay, as in the release: a stage's multiplier scales its decay too.
-        optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, multipliers)),
-        optax.scale_by_learning_rate(learning_rate(optimizer, config.num_steps)),
+        optax.stateless(lambda updates, _: jax.tree.map(jnp.multiply, updates, factors)),
+        optax.scale_by_learning_rate(learning_rate(config, num_steps)),
     )
 
 
@@ -60,7 +85,7 @@ def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
 
 
 def stage_multipliers(config: RunConfig) -> tuple[float, ...]:
-    """One factor on the learning rate per stage, outermost first: as configured, or by the rule.
+    """Returns one factor on the learning rate per stage, outermost first: as configured, or by the rule.
 
     "paper" is H-Net (arXiv 2507.07955) eq. 11: with D_s the width of stage s of 0 .. S and N_s its tokens per
     chunk, N_S = 1, lambda_s = sqrt(4.6 * prod_{i >= s} N_i / prod_i N_i * D_S / D_s).
@@ -70,32 +95,34 @@ def stage_multipliers(config: RunConfig) -> tuple[float, ...]:
         return config.optimizer.stage_lr_multipliers
     if config.optimizer.stage_lr_rule == "equal":
         return (1.0,) * num_stages
-    widths = [stage.width for stage in config.model.stages]
+    widths = [stage.stack.width for stage in config.model.stages]
     bytes_per_token = [math.prod(config.tokens_per_chunk[:stage]) for stage in range(num_stages)]
     return tuple(math.sqrt(BYTES_PER_TOKEN / each * widths[-1] / width)
                  for each, width in zip(bytes_per_token, widths, strict=True))
 
 
-def lr_multipliers(of_stages: tuple[float, ...], params: PyTree) -> PyTree:
-    """One factor per parameter: that of the stage it belongs to; embedding and head go with stage 0.
+def lr_multipliers(
+    multipliers: Sequence[float], params: PyTree, stage_of: Callable[[Path], int | None] = stage_of_path
+) -> PyTree:
+    """Returns one factor per parameter: that of its stage, or 0 if it is frozen, on its decay as well.
 
-    A `boundary_lm` is frozen: its factor is 0, on its decay as well. Its gradients are 0, so that they add nothing
-    to the norm that is clipped.
+    The gradients of a frozen parameter are 0, so that they add nothing to the norm that is clipped.
     """
     def multiplier(path, _):
-        if path[0].key == "boundary_lm":
-            return 0.0
-        stages = re.findall(r"\['stage(\d+)'\]", jax.tree_util.keystr(path))
-        return of_stages[int(stages[-1]) if stages else 0]
+        stage = stage_of(path)
+        if stage is not None and stage >= len(multipliers):
+            raise ValueError(f"multipliers {tuple(multipliers)} has {len(multipliers)} values, and none for stage "
+                             f"{stage}, which {jax.tree_util.keystr(path)} belongs to")
+        return 0.0 if stage is None else multipliers[stage]
 
     return jax.tree_util.tree_map_with_path(multiplier, params)
 
 
 def decay_mask(config: OptimizerConfig, params: PyTree) -> PyTree:
-    """True where weight decay applies.
+    """Returns True for parameters that weight decay applies to.
 
     "kernels": matrices and convolution taps, never norms, biases, time constants or embeddings. "official":
-    what the release's parameter groups do, which is everything but biases and Mamba-2's gated norm.
+    the release's parameter groups, which decay everything but biases and Mamba-2's gated norm.
     """
     def decays(path, _):
         leaf = path[-1].key

@@ -14,7 +14,7 @@ from experiments.config import RunConfig
 from experiments.errors import UsageError
 from experiments.training.losses import Batch, Metrics, loss_fn, target_mask, tokens_per_chunk
 from experiments.training.mesh import batch_sharding, parameter_shardings, replicated
-from experiments.training.optimizer import learning_rate, make_optimizer
+from experiments.training.optimizer import learning_rate, make_optimizer, stage_multipliers
 from hnet import HNetLM, parameter_shapes
 
 
@@ -104,7 +104,8 @@ def compile_program(config: RunConfig, mesh: Mesh) -> Program:
             f"not divide over {mesh.shape['data']} devices; change config.data.batch_size or config.model_axis")
     model = HNetLM(config.model)
     params = parameter_shapes(config.model)
-    optimizer = make_optimizer(config, params)
+    optimizer = make_optimizer(
+        config.optimizer, config.num_steps, params, multipliers=stage_multipliers(config))
 
     def start(params: Any) -> TrainState:
         ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay else ()

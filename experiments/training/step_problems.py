@@ -25,15 +25,15 @@ def overflow_problem(config: RunConfig, values: dict[str, float]) -> str:
     for index, stage in enumerate(stages[:-1]):
         name = f"stage{index}"
         count, total = values[f"{name}/overflow_boundaries"], values[f"{name}/boundaries"]
-        is_error = stage.overflow == "error"
+        is_error = stage.chunking.overflow == "error"
         if count <= (0 if is_error else config.max_overflow_fraction * total):
             continue
-        field = f"config.model.stages.{name}"
-        others = "'grow'" if stage.packed else "'grow' or 'merge'"
+        field = f"config.model.stages.{name}.chunking"
+        others = "'grow'" if stage.chunking.packed else "'grow' or 'merge'"
         return (
             f"{count:,.0f} of the {total:,.0f} boundaries of {name} are past its capacity of "
-            f"{values[f'{name}/capacity']:,.0f} slots per {'buffer' if stage.packed else 'row'}, in "
-            f"{values[f'{name}/overflow_rows']:,.0f} rows; raise {field}.capacity {stage.capacity}, or "
+            f"{values[f'{name}/capacity']:,.0f} slots per {'buffer' if stage.chunking.packed else 'row'}, in "
+            f"{values[f'{name}/overflow_rows']:,.0f} rows; raise {field}.capacity {stage.chunking.capacity}, or "
             + (f"set {field}.overflow 'error' to {others}" if is_error else
                f"set {field}.overflow to 'grow', or raise config.max_overflow_fraction "
                f"{config.max_overflow_fraction}"))

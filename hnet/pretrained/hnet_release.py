@@ -1,6 +1,5 @@
-"""The official release's format: its parameter names, where each tensor goes in ours, and its config file."""
+"""The official release's weights: its parameter names, and where each tensor goes in ours."""
 import functools
-import json
 import math
 from collections.abc import Iterator, Mapping
 from types import MappingProxyType
@@ -12,8 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from hnet.config import HNetConfig, StageConfig, has_feed_forward, mixer_of
+from hnet.config import HNetConfig
+from hnet.layout import has_feed_forward, mixer_of, parse_layout
 from hnet.model import HNetLM
+from hnet.pretrained.release_config import refuse_unofficial
+from hnet.stack_config import StackConfig
 
 WHOLE = (0, None)
 
@@ -35,14 +37,14 @@ def relabelling(config: HNetConfig) -> tuple[Relabel, ...]:
         entries.append(Relabel("lm_head.weight", ("lm_head",)))
     official, path = "backbone", ("stage0",)
     for index, stage in enumerate(config.stages):
-        if index > 0 and stage.width > config.stages[index - 1].width:
+        if index > 0 and stage.stack.width > config.stages[index - 1].stack.width:
             entries.append(Relabel(f"{official}.pad_dimension", (*path, "pad_dimension")))
         if not stage.decoder:
-            entries += _stack(stage, stage.encoder_runs, f"{official}.main_network", (*path, "encoder"))
+            entries += _stack(stage.stack, stage.encoder, f"{official}.main_network", (*path, "encoder"))
             break
-        for name, runs in (("encoder", stage.encoder_runs), ("decoder", stage.decoder_runs)):
-            entries += _stack(stage, runs, f"{official}.{name}", (*path, name))
-        if stage.router == "learned":
+        for name, layout in (("encoder", stage.encoder), ("decoder", stage.decoder)):
+            entries += _stack(stage.stack, layout, f"{official}.{name}", (*path, name))
+        if stage.chunking.router == "learned":
             entries += [
                 Relabel(f"{official}.routing_module.q_proj_layer.weight", (*path, "router", "query", "kernel")),
                 Relabel(f"{official}.routing_module.k_proj_layer.weight", (*path, "router", "key", "kernel")),
@@ -104,7 +106,7 @@ def to_official_params(params: Mapping[str, Any], config: HNetConfig) -> dict[st
     Raises:
       ValueError: `config` is of a model that the release does not have.
     """
-    _refuse_unofficial(config)
+    refuse_unofficial(config)
     flat, parts = flatten_dict(params), {}
     for entry in relabelling(config):
         ours = np.asarray(flat[entry.path])
@@ -126,42 +128,6 @@ def official_shapes(config: HNetConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def to_official_json(config: HNetConfig) -> str:
-    """Writes the release's config file: the inverse of `HNetConfig.from_official_json`, but for how to compute.
-
-    The release has no words for capacity, overflow, dtype and the like, which change no parameter. Its chunk_size
-    of Mamba-2's scan changes no result either; it is always 256 here.
-
-    Raises:
-      ValueError: `config` is of a model that the release does not have.
-    """
-    _refuse_unofficial(config)
-    stages = config.stages
-    layout: list[Any] = [stages[-1].encoder]
-    for stage in reversed(stages[:-1]):
-        layout = [stage.encoder, layout, stage.decoder]
-
-    def each(field: str) -> list[int]:
-        return [getattr(stage, field) for stage in stages]
-
-    def shared(field: str) -> int | list[int]:
-        values = each(field)
-        return values[0] if len(set(values)) == 1 else values
-
-    return json.dumps({
-        "arch_layout": layout,
-        "d_model": each("width"),
-        "d_intermediate": [stage.feed_forward_width if _has_feed_forward(stage) else 0 for stage in stages],
-        "vocab_size": config.vocab_size,
-        "ssm_cfg": {
-            "chunk_size": 256, "d_conv": shared("ssm_conv_taps"), "d_state": shared("ssm_state_size"),
-            "expand": shared("ssm_expand")},
-        "attn_cfg": {
-            "num_heads": each("num_heads"), "rotary_emb_dim": each("rotary_width"), "window_size": each("window")},
-        "tie_embeddings": config.tie_embeddings,
-    }, indent=2)
-
-
 def parameter_shapes(config: HNetConfig) -> dict[str, Any]:
     """The parameters of `HNetLM(config)` as ShapeDtypeStructs; nothing is allocated."""
     def init():
@@ -176,15 +142,13 @@ def _our_shapes(config: HNetConfig) -> Mapping[tuple[str, ...], tuple[int, ...]]
     return MappingProxyType(shapes)  # shared by all callers
 
 
-def _stack(
-    stage: StageConfig, runs: tuple[tuple[str, int], ...], official: str, path: tuple[str, ...]
-) -> Iterator[Relabel]:
+def _stack(stack: StackConfig, layout: str, official: str, path: tuple[str, ...]) -> Iterator[Relabel]:
     layer = 0
-    for run, (kind, count) in enumerate(runs):
+    for run, (kind, count) in enumerate(parse_layout(layout)):
         for index in range(count):
             name, ours = f"{official}.layers.{layer}", (*path, f"run{run}")
             yield Relabel(f"{name}.norm1.weight", (*ours, "mixer_norm", "scale"), index)
-            mixer = _mamba2(stage) if mixer_of(kind) == "m" else _ATTENTION
+            mixer = _mamba2(stack) if mixer_of(kind) == "m" else _ATTENTION
             for suffix, leaf, rows in mixer:
                 yield Relabel(f"{name}.mixer.{suffix}", (*ours, "mixer", *leaf), index, rows)
             if has_feed_forward(kind):
@@ -198,8 +162,8 @@ def _stack(
 _ATTENTION = (("Wqkv.weight", ("qkv", "kernel"), WHOLE), ("out_proj.weight", ("out", "kernel"), WHOLE))
 
 
-def _mamba2(stage: StageConfig) -> tuple[tuple[str, tuple[str, ...], tuple[int, int | None]], ...]:
-    inner, keys = stage.ssm_expand * stage.width, 2 * stage.ssm_state_size
+def _mamba2(stack: StackConfig) -> tuple[tuple[str, tuple[str, ...], tuple[int, int | None]], ...]:
+    inner, keys = stack.recurrence.expand * stack.width, 2 * stack.recurrence.state_size
     # in_proj holds z, x, (B, C), dt one after the other; the convolution runs over x, (B, C).
     return (
         ("in_proj.weight", ("z_proj", "kernel"), (0, inner)),
@@ -237,33 +201,6 @@ def _to_ours(tensor: jax.Array, entry: Relabel, shape: tuple[int, ...]) -> jax.A
 def _to_theirs(ours: np.ndarray, entry: Relabel) -> np.ndarray:
     shape = _official_shape(ours.shape, entry)
     return ours.reshape(shape[::-1]).T if entry.transpose else ours
-
-
-def _has_feed_forward(stage: StageConfig) -> bool:
-    return any(has_feed_forward(name) for name, _ in stage.encoder_runs + stage.decoder_runs)
-
-
-def _refuse_unofficial(config: HNetConfig) -> None:
-    """Raises ValueError for the first thing in `config` that is not in the release."""
-    for index, stage in enumerate(config.stages):
-        fixed = {"router": "learned", "downsampler": "first", "upsampler": "smooth"} if stage.decoder else {}
-        mixers = {mixer_of(name) for name, _ in stage.encoder_runs + stage.decoder_runs}
-        if mixers - {"m", "t"}:
-            raise ValueError(f"the official format has no word for the mixer {min(mixers - {'m', 't'})!r} of "
-                             f"stage{index}: its layers are Mamba-2 (m) and attention (t)")
-        if "m" in mixers:
-            fixed["ssm_head_width"] = 64
-        for field, only in fixed.items():
-            if getattr(stage, field) != only:
-                raise ValueError(f"the official format has no word for stage{index}.{field} "
-                                 f"{getattr(stage, field)!r}: it is always {only!r} there")
-        # What it rounds up, it has no word for; and its smoothing kernel takes heads of 32.
-        multiples = {"feed_forward_width": 128} if _has_feed_forward(stage) else {}
-        multiples |= {"width": 32} if stage.decoder else {}
-        for field, multiple in multiples.items():
-            if getattr(stage, field) % multiple:
-                raise ValueError(f"the official format needs a stage{index}.{field} that is a multiple of "
-                                 f"{multiple}, not {getattr(stage, field)}")
 
 
 def _as_jax(value: Any) -> jax.Array:

@@ -63,9 +63,9 @@ def test_a_mistake_costs_one_line_and_exit_code_2(program, arguments, message, t
     ("optimizer.max_grad_norm=-1", "optimizer.max_grad_norm -1.0 must not be negative"),
     ("optimizer.accumulation_steps=3", "data.batch_size 8 is not a multiple of optimizer.accumulation_steps 3"),
     ("tokens_per_chunk=(4.0, 4.0)", "tokens_per_chunk (4.0, 4.0) must have one value"),
-    ("model.stages.stage0.num_heads=3", "num_heads 3 must divide width 16"),
+    ("model.stages.stage0.stack.attention.num_heads=3", "num_heads 3 must divide width 16"),
     ("model.stages.stage0.encoder=x4", "layout 'x4' must be names of mixers"),
-    ("model.stages.stage0.width=64", "stages must not get narrower going inward"),
+    ("model.stages.stage0.stack.width=64", "stages must not get narrower going inward"),
     ("model.vocab_size=100", "model.vocab_size 100 cannot hold all 256 bytes"),
     ("data.batch_size=6", "config.data.batch_size 6 in 1 parts does not divide over 8 devices"),
     ("model_axis=3", "config.model_axis 3 does not divide the 8 devices; use one of [1, 2, 4, 8]"),
@@ -92,7 +92,8 @@ def test_a_workdir_below_a_file_is_refused(tiny):
 
 
 @pytest.mark.parametrize(("override", "message"), [
-    ("model.stages.stage1.width=48", r"checkpoint 20 in .* does not fit this config: .*; use another --workdir"),
+    ("model.stages.stage1.stack.width=48",
+     r"checkpoint 20 in .* does not fit this config: .*; use another --workdir"),
     ("data.source=files:{configs}/text/1*.txt", "the corpus changed since checkpoint 20: it had .* and is now"),
     ("num_steps=19", r"the run is at step 20, past config\.num_steps 19; raise config\.num_steps"),
 ])
@@ -129,8 +130,9 @@ def test_generate_refuses_what_it_cannot_do(finished_run, argument, message):
 
 def test_a_router_that_must_be_told_is_refused_before_work(tiny, tmp_path):
     text = _refusal(train.main, f"--config={tiny}", f"--workdir={tmp_path / 'run'}",
-                    "--config.model.stages.stage0.router=given")
-    assert text.startswith("config.model.stages.stage0.router 'given' needs boundary_levels in every batch")
+                    "--config.model.stages.stage0.chunking.router=given")
+    assert text.startswith(
+        "config.model.stages.stage0.chunking.router 'given' needs boundary_levels in every batch")
     assert not (tmp_path / "run").exists()
 
 

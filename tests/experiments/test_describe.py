@@ -79,7 +79,7 @@ def test_a_model_of_billions_is_described_without_its_weights(capsys):
 
 
 def test_the_boundary_lm_is_a_part_of_its_own():
-    config = RunConfig.from_config_dict(load_config("blt_tiny_stdlib", []))
+    config = load_config("blt_tiny_stdlib", [], RunConfig)
     parts = describe.describe_parts(config, parameter_shapes(config.model))
     assert [part.name for part in parts] == ["embedding, head", "boundary_lm", "stage0", "stage1"]
 

@@ -78,7 +78,8 @@ def test_sigterm_during_compilation_saves_the_first_step(train, uninterrupted, t
 def test_mamba2_trains_on_four_by_two_devices_as_on_one(tiny):
     config = config_of(
         tiny, "model.stages.stage0.encoder=m1", "model.stages.stage0.decoder=m1",
-        "model.stages.stage0.ssm_head_width=16", "model.stages.stage0.ssm_state_size=8")
+        "model.stages.stage0.stack.recurrence.head_width=16",
+        "model.stages.stage0.stack.recurrence.state_size=8")
     _, expected = train_here(config, make_mesh(1, jax.devices()[:1]))
     state, actual = train_here(config, make_mesh(2))
     assert_same_training(actual, expected)

@@ -7,9 +7,16 @@ import numpy as np
 import pytest
 
 from experiments.training.mesh import batch_sharding, make_mesh, use_mesh
-from hnet import HNetConfig, HNetLM, StageConfig
+from hnet import HNetConfig, HNetLM
 from tests.support.assertions import SAME_COMPUTATION, assert_golden
-from tests.support.models import clear_tokens, compiled, one_stage_config, random_params, two_stage_config
+from tests.support.models import (
+    clear_tokens,
+    compiled,
+    make_stage,
+    one_stage_config,
+    random_params,
+    two_stage_config,
+)
 
 T = 32
 CONFIG = one_stage_config()
@@ -47,7 +54,7 @@ def counts(full):
     pytest.param(dict(capacity=0.8, overflow="error"), marks=pytest.mark.slow),
 ])
 def test_any_way_that_fits_equals_full_capacity_in_value_and_gradient(fields, full):
-    config = CONFIG.with_stages(**fields)
+    config = CONFIG.with_chunking(**fields)
     output = _run(config)
     np.testing.assert_allclose(output.logits, full[0].logits, atol=SAME_COMPUTATION)
     assert (np.asarray(output.stages["stage0"].num_overflow) == 0).all()
@@ -57,10 +64,10 @@ def test_any_way_that_fits_equals_full_capacity_in_value_and_gradient(fields, fu
 def test_grow_takes_the_smallest_capacity_that_fits_the_fullest_row(counts):
     exact = counts.max() / T
     for first, expected in ((exact, counts.max()), (exact - 1 / T, T)):
-        config = CONFIG.with_stages(capacity=first, overflow="grow")
+        config = CONFIG.with_chunking(capacity=first, overflow="grow")
         assert int(_run(config).stages["stage0"].num_slots) == expected
     # The same program takes another way for another batch: rows of one repeated byte need few slots.
-    grows = CONFIG.with_stages(capacity=0.1, overflow="grow", grow_to=(0.8, 1.0))
+    grows = CONFIG.with_chunking(capacity=0.1, overflow="grow", grow_to=(0.8, 1.0))
     still = _run(grows, np.full_like(TOKENS, 7)).stages["stage0"]
     assert int(still.num_slots) in (4, 26, T) and int(still.boundary_mask.sum(1).max()) <= int(still.num_slots)
     empty = _run(grows, TOKENS, 0 * ONES).stages["stage0"]
@@ -71,15 +78,15 @@ def test_grow_takes_the_smallest_capacity_that_fits_the_fullest_row(counts):
 def test_packed_rows_need_slots_for_their_mean_and_not_for_the_worst(counts):
     capacity = (counts.sum() + 0.5) / (4 * T)
     assert capacity < counts.max() / T
-    packed = _run(CONFIG.with_stages(capacity=capacity, overflow="error", packed=True))
-    alone = _run(CONFIG.with_stages(capacity=capacity, overflow="error"))
+    packed = _run(CONFIG.with_chunking(capacity=capacity, overflow="error", packed=True))
+    alone = _run(CONFIG.with_chunking(capacity=capacity, overflow="error"))
     assert np.isfinite(packed.logits).all() and not np.isfinite(alone.logits).all()
     assert int(packed.stages["stage0"].num_slots) == counts.sum() + 1
 
 
 def test_error_makes_exactly_the_rows_that_overflow_nan(counts, full):
     slots = int(np.median(counts))
-    output = _run(CONFIG.with_stages(capacity=slots / T, overflow="error"))
+    output = _run(CONFIG.with_chunking(capacity=slots / T, overflow="error"))
     over = counts > slots
     assert over.any() and not over.all()
     assert np.isnan(output.logits[over]).all()
@@ -89,7 +96,7 @@ def test_error_makes_exactly_the_rows_that_overflow_nan(counts, full):
 
 def test_metrics_count_boundaries_slots_and_overflow(counts):
     slots = int(np.median(counts))
-    metrics = _run(CONFIG.with_stages(capacity=slots / T)).stages["stage0"].metrics()
+    metrics = _run(CONFIG.with_chunking(capacity=slots / T)).stages["stage0"].metrics()
     assert metrics["boundaries"] == counts.sum() and metrics["capacity"] == slots
     assert metrics["overflow_rows"] == (counts > slots).sum()
     assert metrics["overflow_boundaries"] == np.maximum(counts - slots, 0).sum()
@@ -98,7 +105,7 @@ def test_metrics_count_boundaries_slots_and_overflow(counts):
 @pytest.mark.parametrize("packed", [False, True])
 def test_all_devices_grow_alike_and_each_packs_its_own_rows(packed, full):
     """One row of one device needs the larger capacity; the others must follow it."""
-    config = CONFIG.with_stages(capacity=0.3, overflow="grow", packed=packed)
+    config = CONFIG.with_chunking(capacity=0.3, overflow="grow", packed=packed)
     tokens = np.concatenate([np.full((4, T), 9, np.int32), TOKENS])
     mesh = make_mesh(1, jax.devices()[:4])
     with use_mesh(mesh):
@@ -111,8 +118,8 @@ def test_all_devices_grow_alike_and_each_packs_its_own_rows(packed, full):
 
 def _temporary_bytes(**stage_fields) -> int:
     """Of the gradient of a model whose inner stage does nearly all the work."""
-    inner = StageConfig(width=64, encoder="T4", decoder="", num_heads=2, feed_forward_width=128)
-    stages = (dataclasses.replace(CONFIG.stages[0], encoder="t1", decoder="t1", **stage_fields), inner)
+    inner = make_stage(width=64, encoder="T4", num_heads=2, feed_forward_width=128)
+    stages = (CONFIG.stages[0].with_chunking(**stage_fields), inner)
     config = HNetConfig(stages=stages, vocab_size=61)
     params = jax.eval_shape(lambda: random_params(config))
 
@@ -131,7 +138,7 @@ def test_memory_follows_the_capacity_and_growing_costs_no_more_than_its_largest_
 
 def test_rematerialisation_of_a_stage_saves_memory():
     def of_inner(remat):
-        inner = StageConfig(width=64, encoder="T6", decoder="", num_heads=2, feed_forward_width=256, remat=remat)
+        inner = make_stage(width=64, encoder="T6", num_heads=2, feed_forward_width=256, remat=remat)
         config = HNetConfig(stages=(inner,), vocab_size=61)
         params = jax.eval_shape(lambda: random_params(config))
         loss = lambda params, tokens: jnp.mean(HNetLM(config).apply({"params": params}, tokens).logits ** 2)  # noqa: E731
@@ -147,8 +154,8 @@ def test_a_stage_may_grow_around_one_whose_rows_are_packed():
     config = two_stage_config()
     outer, inner, innermost = config.stages
     config = dataclasses.replace(config, stages=(
-        dataclasses.replace(outer, capacity=0.3, overflow="grow", grow_to=(0.6, 1.0)),
-        dataclasses.replace(inner, overflow="error", packed=True), inner, innermost))
+        outer.with_chunking(capacity=0.3, overflow="grow", grow_to=(0.6, 1.0)),
+        inner.with_chunking(overflow="error", packed=True), inner, innermost))
     params = random_params(config)
     grown = compiled(config)(params, TOKENS, ONES)
     whole = compiled(config.at_full_capacity())(params, TOKENS, ONES)

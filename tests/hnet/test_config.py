@@ -3,8 +3,9 @@ import json
 
 import pytest
 
-from hnet import HNetConfig, StageConfig
-from tests.support.models import two_stage_config
+from hnet import HNetConfig, StageConfig, from_official_json
+from hnet.layout import parse_layout
+from tests.support.models import make_stage, two_stage_config
 
 OFFICIAL = {
     "arch_layout": ["m4", ["T1m4", ["T26"], "m4T1"], "m4"], "d_model": [1024, 1024, 1536],
@@ -15,68 +16,56 @@ OFFICIAL = {
 
 
 def test_reads_the_official_json():
-    config = HNetConfig.from_official_json(json.dumps(OFFICIAL))
-    assert [stage.width for stage in config.stages] == [1024, 1024, 1536]
+    config = from_official_json(json.dumps(OFFICIAL))
+    assert [stage.stack.width for stage in config.stages] == [1024, 1024, 1536]
     assert [(stage.encoder, stage.decoder) for stage in config.stages] == [
         ("m4", "m4"), ("T1m4", "m4T1"), ("T26", "")]
-    assert config.stages[1].encoder_runs == (("T", 1), ("m", 4))
-    assert [stage.window for stage in config.stages] == [1023, 1023, -1]
-    assert all(stage.capacity == 1 for stage in config.stages) and config.dtype == "float32"
+    assert parse_layout(config.stages[1].encoder) == (("T", 1), ("m", 4))
+    assert [stage.stack.attention.window for stage in config.stages] == [1023, 1023, None]
+    assert all(stage.chunking.capacity == 1 for stage in config.stages) and config.dtype == "float32"
 
 
 def test_official_values_may_be_shared_and_feed_forward_widths_are_rounded_up():
     shared = OFFICIAL | {"d_intermediate": [0, 100, 129], "attn_cfg": {
         "num_heads": 16, "rotary_emb_dim": 32, "window_size": -1}}
-    config = HNetConfig.from_official_json(json.dumps(shared), dtype="bfloat16", capacity=0.5)
-    assert [stage.num_heads for stage in config.stages] == [16, 16, 16]
-    assert [stage.feed_forward_width for stage in config.stages] == [0, 128, 256]
-    assert config.dtype == "bfloat16" and config.stages[0].capacity == 0.5
+    config = from_official_json(json.dumps(shared), dtype="bfloat16", capacity=0.5)
+    assert [stage.stack.attention.num_heads for stage in config.stages] == [16, 16, 16]
+    assert [stage.stack.feed_forward_width for stage in config.stages] == [0, 128, 256]
+    assert config.dtype == "bfloat16" and config.stages[0].chunking.capacity == 0.5
 
 
 def test_a_model_without_hierarchy_has_one_stage():
-    config = HNetConfig.from_official_json(json.dumps(OFFICIAL | {
+    config = from_official_json(json.dumps(OFFICIAL | {
         "arch_layout": ["T24"], "d_model": [1024], "d_intermediate": [2816]}))
     assert len(config.stages) == 1 and config.stages[0].decoder == ""
 
 
-def test_dictionary_form_round_trips():
-    config = two_stage_config(capacity=0.5)
-    assert HNetConfig.from_dict(config.to_dict()) == config
-
-
 @pytest.mark.parametrize(("fields", "message"), [
-    (dict(encoder="T2", num_heads=3, feed_forward_width=8), "num_heads 3 must divide width 64"),
+    (dict(encoder="T2", num_heads=3, feed_forward_width=8), "attention.num_heads 3 must divide width 64"),
     (dict(encoder="T2", num_heads=4), "set feed_forward_width"),
     (dict(encoder="t2", num_heads=4, rotary_width=18), "rotary_width 18 must be even and at most .* 16"),
-    (dict(encoder="m2", ssm_head_width=48), "not a multiple of ssm_head_width 48"),
+    (dict(encoder="m2", head_width=48), "not a multiple of recurrence.head_width 48"),
     (dict(encoder="m2x1"), "layout 'm2x1' must be names of mixers"),
     (dict(encoder="m0"), "layout 'm0' must be names of mixers"),
-    (dict(ssm_state_size=0), "ssm_state_size 0 must be at least 1"),
+    (dict(state_size=0), "recurrence.state_size 0 must be at least 1"),
     (dict(capacity=0.0), "capacity 0.0 is a fraction"),
-    (dict(window=-2), "window -2 must be"),
+    (dict(window=-2), "attention.window -2 must be"),
 ])
 def test_a_stage_refuses_values_that_do_not_fit(fields, message):
     with pytest.raises(ValueError, match=message):
-        StageConfig(width=64, **fields)
+        make_stage(width=64, **fields)
 
 
 @pytest.mark.parametrize(("stages", "message"), [
     ((), "at least one stage"),
-    ((StageConfig(width=64),), "stage0 is innermost"),
-    ((StageConfig(width=64, decoder=""), StageConfig(width=64, decoder="")), "stage0.decoder is empty"),
-    ((StageConfig(width=128), StageConfig(width=64, decoder="")), "narrower going inward"),
-    ((StageConfig(width=64, encoder="", decoder=""),), "stage0.encoder is empty"),
+    ((make_stage(width=64, decoder="m4"),), "stage0 is innermost"),
+    ((make_stage(width=64), make_stage(width=64)), "stage0.decoder is empty"),
+    ((make_stage(width=128, decoder="m4"), make_stage(width=64)), "narrower going inward"),
+    ((make_stage(width=64, encoder=""),), "stage0.encoder is empty"),
 ])
 def test_a_model_refuses_stages_that_do_not_nest(stages, message):
     with pytest.raises(ValueError, match=message):
         HNetConfig(stages=stages)
-
-
-def test_unknown_fields_are_refused_by_path():
-    fields = two_stage_config().to_dict()
-    fields["stages"]["stage1"]["widht"] = 3
-    with pytest.raises(ValueError, match=r"stages\.stage1\.widht"):
-        HNetConfig.from_dict(fields)
 
 
 def test_configs_are_hashable_and_frozen():
@@ -87,11 +76,11 @@ def test_configs_are_hashable_and_frozen():
 
 
 ATTENTION = dict(width=16, encoder="t1", num_heads=2)
-INNERMOST = StageConfig(**ATTENTION, decoder="")
+INNERMOST = make_stage(**ATTENTION)
 
 
 def _chunking(**fields) -> StageConfig:
-    return StageConfig(**ATTENTION, decoder="t1", **fields)
+    return make_stage(**ATTENTION, decoder="t1", **fields)
 
 
 @pytest.mark.parametrize(("fields", "message"), [
@@ -108,24 +97,24 @@ def test_ways_to_chunk_that_do_not_fit_together_are_refused(fields, message):
 
 
 @pytest.mark.parametrize(("stages", "model", "message"), [
-    ((_chunking(), _chunking(router="space"), INNERMOST), {}, "stage1.router 'space' looks at bytes"),
+    ((_chunking(), _chunking(router="space"), INNERMOST), {}, "stage1.chunking.router 'space' looks at bytes"),
     ((_chunking(router="entropy"), INNERMOST), {}, "boundary_lm must be given"),
     ((_chunking(), INNERMOST), dict(boundary_lm=HNetConfig(stages=(INNERMOST,))), "boundary_lm must be given"),
     ((_chunking(router="entropy"), INNERMOST), dict(boundary_lm=HNetConfig(stages=(INNERMOST,), vocab_size=9)),
      "boundary_lm.vocab_size 9 must be vocab_size 256"),
     ((_chunking(upsampler="none"), INNERMOST), dict(bfloat16_dechunk=True), "set every upsampler to 'smooth'"),
     ((_chunking(capacity=0.5, overflow="grow"), _chunking(capacity=0.5), INNERMOST), {},
-     "stage1.overflow 'merge'"),
-    ((_chunking(packed=True), _chunking(), _chunking(capacity=0.5), INNERMOST), {}, "stage2.overflow 'merge'"),
+     "stage1.chunking.overflow 'merge'"),
+    ((_chunking(packed=True), _chunking(), _chunking(capacity=0.5), INNERMOST), {},
+     "stage2.chunking.overflow 'merge'"),
 ])
 def test_a_model_refuses_stages_that_do_not_go_together(stages, model, message):
     with pytest.raises(ValueError, match=message):
         HNetConfig(stages=stages, **model)
 
 
-def test_a_boundary_lm_round_trips_and_gets_its_full_capacity_too():
+def test_a_boundary_lm_gets_its_full_capacity_too():
     lm = HNetConfig(stages=(_chunking(capacity=0.5), INNERMOST))
     config = HNetConfig(stages=(_chunking(router="entropy", capacity=0.5), INNERMOST), boundary_lm=lm)
-    assert HNetConfig.from_dict(config.to_dict()) == config
     full = config.at_full_capacity()
-    assert full.stages[0].capacity == full.boundary_lm.stages[0].capacity == 1
+    assert full.stages[0].chunking.capacity == full.boundary_lm.stages[0].chunking.capacity == 1

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hnet import HNetConfig, HNetLM, StageConfig, init_decode_state, load_official_params
+from hnet import HNetConfig, HNetLM, from_official_json, init_decode_state, load_official_params
 from tests.support.assertions import GOLDEN_LOGITS_ERROR, golden
-from tests.support.models import clear_tokens, random_params, two_stage_config
+from tests.support.models import clear_tokens, make_stage, random_params, two_stage_config
 
 
 @cache
@@ -22,7 +22,7 @@ def _step(config):
 @pytest.mark.parametrize("name", ["hnet_a_1stage", "hnet_b_2stage"])
 def test_prefill_and_steps_match_the_release_for_every_row_of_a_batch(name):
     data = golden(name)
-    config = HNetConfig.from_official_json(str(data["config_json"]))
+    config = from_official_json(str(data["config_json"]))
     params = load_official_params(
         {key.removeprefix("param/"): value for key, value in data.items() if key.startswith("param/")}, config)
     tokens, length = data["input_ids"], int(data["prefill_len"])
@@ -119,8 +119,8 @@ def test_what_a_row_may_merge_to_is_that_of_a_row_in_training():
     """0.5 of the 8 slots in which stage0 has an error past the last, not of the 16 tokens it makes room for."""
     common = dict(width=16, num_heads=2, capacity=0.5)
     config = HNetConfig(stages=(
-        StageConfig(encoder="t1", decoder="t1", overflow="error", **common),
-        StageConfig(encoder="t1", decoder="t1", overflow="merge", **common),
-        StageConfig(encoder="t1", decoder="", **common)))
+        make_stage(encoder="t1", decoder="t1", overflow="error", **common),
+        make_stage(encoder="t1", decoder="t1", overflow="merge", **common),
+        make_stage(encoder="t1", **common)))
     stage = init_decode_state(config, 1, 16).stage
     assert (stage.max_chunks, stage.inner.max_chunks) == (16, 4)

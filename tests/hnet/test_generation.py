@@ -108,7 +108,7 @@ def test_max_length_must_hold_prompt_and_continuation():
 
 def test_a_router_that_is_told_where_to_cut_cannot_generate():
     with pytest.raises(ValueError, match="loop over `step` with boundary_levels"):
-        next(generate(HNetLM(CONFIG.with_stages(router="given")), PARAMS, PROMPTS, num_tokens=1))
+        next(generate(HNetLM(CONFIG.with_chunking(router="given")), PARAMS, PROMPTS, num_tokens=1))
 
 
 TEXT_CONFIG = HNetConfig(stages=CONFIG.stages[2:], vocab_size=260)  # a vocabulary with more than bytes

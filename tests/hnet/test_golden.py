@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from hnet import HNetConfig, HNetLM, load_official_params
+from hnet import HNetLM, from_official_json, load_official_params
 from tests.support.assertions import (
     GOLDEN_GRADIENT_LIMIT,
     GOLDEN_LOGITS_ERROR,
@@ -25,7 +25,7 @@ MODELS = pytest.mark.parametrize("name", ["hnet_a_1stage", "hnet_b_2stage"])
 @cache
 def _load(name):
     data = golden(name)
-    config = HNetConfig.from_official_json(str(data["config_json"]))
+    config = from_official_json(str(data["config_json"]))
     params = load_official_params(_under(data, "param/"), config)
     model = HNetLM(config)
     run = jax.jit(lambda params, tokens, segment_ids: model.apply({"params": params}, tokens, segment_ids))

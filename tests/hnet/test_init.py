@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 from flax.linen import unbox
 
-from hnet import HNetConfig, HNetLM, StageConfig
-from hnet.model import residual_depth
+from hnet import HNetConfig, HNetLM
+from hnet.model import residual_depth, stage_depth
+from tests.support.models import make_stage
 
-FIELDS = dict(num_heads=4, rotary_width=8, feed_forward_width=256, ssm_state_size=64)
+FIELDS = dict(num_heads=4, rotary_width=8, feed_forward_width=256, state_size=64)
 CONFIG = HNetConfig(stages=(
-    StageConfig(width=128, encoder="m1", decoder="m1", **FIELDS),
-    StageConfig(width=192, encoder="T1", decoder="", **FIELDS)))
+    make_stage(width=128, encoder="m1", decoder="m1", **FIELDS),
+    make_stage(width=192, encoder="T1", **FIELDS)))
 
 
 @pytest.fixture(scope="module")
@@ -21,8 +22,8 @@ def params():
 
 
 def test_projections_into_the_residual_stream_shrink_with_depth(params):
-    assert residual_depth(CONFIG, 0) == 2  # m1 + m1
-    assert residual_depth(CONFIG, 1) == 4  # and T1, which writes twice
+    assert stage_depth(CONFIG.stages[:1]) == residual_depth("m1", "m1") == 2
+    assert stage_depth(CONFIG.stages) == 4  # and T1, which writes twice
     outer = params["stage0"]["encoder"]["run0"]["mixer"]
     np.testing.assert_allclose(np.std(outer["x_proj"]["kernel"]), 0.02, rtol=0.05)
     np.testing.assert_allclose(np.std(outer["out"]["kernel"]), 0.02 / 2**0.5, rtol=0.05)

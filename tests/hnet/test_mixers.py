@@ -4,13 +4,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hnet import HNetConfig, HNetLM, StageConfig
-from hnet.config import MIXERS, parse_layout
-from tests.support.models import compiled, random_params, stepped_logits
+from hnet import HNetConfig, HNetLM
+from hnet.layout import MIXERS, parse_layout
+from tests.support.models import compiled, make_stage, random_params, stepped_logits
 
-SIZES = dict(num_heads=2, rotary_width=4, feed_forward_width=16, ssm_state_size=4, ssm_expand=1, ssm_head_width=6)
+SIZES = dict(num_heads=2, rotary_width=4, feed_forward_width=16, state_size=4, expand=1, head_width=6)
 ALL = "".join((name.capitalize() if index % 2 else name) + "1" for index, name in enumerate(MIXERS))
-CONFIG = HNetConfig(stages=(StageConfig(width=12, encoder=ALL, decoder="", **SIZES),), vocab_size=31)
+CONFIG = HNetConfig(stages=(make_stage(width=12, encoder=ALL, **SIZES),), vocab_size=31)
 
 
 def test_a_stack_of_all_mixers_decodes_ragged_rows_as_it_reads_them_at_once():
@@ -38,5 +38,5 @@ def test_names_run_into_each_other_without_doubt():
         ("m", 4), ("mlstm", 2), ("Mlstm", 1), ("M", 1), ("gru", 1), ("griffin", 3))
     with pytest.raises(ValueError, match=r"'gpt2' must be names of mixers.*mixers are m, t, gdn, gla"):
         parse_layout("gpt2")
-    with pytest.raises(ValueError, match="ssm_state_size 3 must be even"):
-        StageConfig(width=12, encoder="ssm1", ssm_state_size=3)
+    with pytest.raises(ValueError, match="state_size 3 must be even"):
+        make_stage(width=12, encoder="ssm1", state_size=3)

@@ -107,14 +107,14 @@ def test_full_capacity_equals_any_capacity_that_does_not_overflow():
     full = _run(TOKENS, ONES)
     needed = max(float(stage.boundary_mask.sum(1).max()) / stage.is_real.shape[1]
                  for stage in full.stages.values())
-    tight = _run(TOKENS, ONES, CONFIG.with_stages(capacity=min(needed + 1 / T, 1.0)))
+    tight = _run(TOKENS, ONES, CONFIG.with_chunking(capacity=min(needed + 1 / T, 1.0)))
     for name, stage in tight.stages.items():
         assert stage.num_slots < full.stages[name].num_slots and (np.asarray(stage.num_overflow) == 0).all()
     _same(tight.logits, full.logits)
 
 
 def test_overflow_is_counted_and_demotes_causally():
-    config = CONFIG.with_stages(capacity=0.2)
+    config = CONFIG.with_chunking(capacity=0.2)
     output, full = _run(TOKENS, ONES, config), _run(TOKENS, ONES)
     stage = output.stages["stage0"]
     count = np.asarray(full.stages["stage0"].boundary_mask).sum(1)
@@ -135,7 +135,7 @@ def test_gradients_do_not_depend_on_rematerialisation(remat):
         loss = lambda params: jnp.mean(compiled(config)(params, TOKENS, ONES).logits ** 2)  # noqa: E731
         return jax.jit(jax.grad(loss))(params)
 
-    assert_golden(gradient(stored.with_stages(remat=remat)), gradient(stored))
+    assert_golden(gradient(stored.with_stack(remat=remat)), gradient(stored))
 
 
 def test_a_bfloat16_model_has_float32_logits_and_probabilities():

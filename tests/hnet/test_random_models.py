@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from hnet import HNetConfig, StageConfig
 from tests.support.assertions import GOLDEN_LOGITS_ERROR, SAME_COMPUTATION
-from tests.support.models import MARGIN, compiled_with_state, random_params, stepped_logits
+from tests.support.models import MARGIN, compiled_with_state, make_stage, random_params, stepped_logits
 
 ROWS, VOCAB = 3, 256
-COMMON = dict(num_heads=2, rotary_width=4, feed_forward_width=8, ssm_state_size=4, ssm_head_width=8)
+COMMON = dict(num_heads=2, rotary_width=4, feed_forward_width=8, state_size=4, head_width=8)
 
 
 class Case(NamedTuple):
@@ -31,8 +31,8 @@ class Case(NamedTuple):
 def stages(draw, *, is_outermost: bool, width: int, policies: list[str]) -> StageConfig:
     letters = st.sampled_from(["t1", "m1", "T1", "M1"])
     overflow = draw(st.sampled_from(policies))
-    return StageConfig(
-        width=width, encoder=draw(letters), decoder=draw(letters), window=draw(st.sampled_from([-1, 2])),
+    return make_stage(
+        width=width, encoder=draw(letters), decoder=draw(letters), window=draw(st.sampled_from([None, 2])),
         router=draw(st.sampled_from(["learned", "learned", "stride", *(["space"] if is_outermost else [])])),
         router_stride=draw(st.integers(2, 4)),
         downsampler=draw(st.sampled_from(["first", "mean", "max"])),
@@ -49,10 +49,10 @@ def cases(draw) -> Case:
     for index in range(num_chunking):
         # Within these, what "merge" keeps would depend on other rows: the config refuses it.
         is_shared = any(
-            stage.packed or (stage.overflow == "grow" and stage.capacity < 1) for stage in chunking)
+            stage.chunking.packed or stage.chunking.grows for stage in chunking)
         policies = ["error", "grow"] if is_shared else ["error", "grow", "merge"]
         chunking.append(draw(stages(is_outermost=index == 0, width=widths[index], policies=policies)))
-    inner = StageConfig(width=widths[-1], encoder=draw(st.sampled_from(["t1", "m1"])), decoder="", **COMMON)
+    inner = make_stage(width=widths[-1], encoder=draw(st.sampled_from(["t1", "m1"])), **COMMON)
     length, seed = draw(st.integers(1, 13)), draw(st.integers(0, 2**16))
     rng = np.random.default_rng(seed)
     lines = [rng.choice(np.frombuffer(b"ab  \n0_\xc3\xbc", np.uint8), length) for _ in range(ROWS)]
@@ -83,16 +83,16 @@ def check(case: Case) -> None:
         for each in (output, unsegmented) for stage in each.stages.values()))
 
     # Overflow is reported when and only when it happened, and makes NaN when and only when it is an error.
-    is_error = [stage.overflow == "error" for stage in config.stages]
+    is_error = [stage.chunking.overflow == "error" for stage in config.stages]
     over = np.zeros(ROWS, bool)
     inner_error = False
     for index, stage in enumerate(output.stages.values()):
         count, num_over = int(stage.boundary_mask.sum()), np.asarray(stage.num_overflow)
-        slots = int(stage.num_slots) * (1 if config.stages[index].packed else num_over.shape[0])
+        slots = int(stage.num_slots) * (1 if config.stages[index].chunking.packed else num_over.shape[0])
         assert num_over.sum() <= count
         if count - num_over.sum() > slots or (count <= int(stage.num_slots) and num_over.any()):
             raise AssertionError(f"stage{index}: {count} boundaries, {num_over} past {int(stage.num_slots)} slots")
-        if config.stages[index].overflow == "grow":
+        if config.stages[index].chunking.overflow == "grow":
             assert (num_over == 0).all()
         if is_error[index] and num_over.any():
             over, inner_error = (over | (num_over > 0), inner_error) if num_over.shape[0] == ROWS else (over, True)

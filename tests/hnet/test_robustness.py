@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hnet import HNetConfig, HNetLM, StageConfig, init_decode_state, prefill
+from hnet import HNetConfig, HNetLM, init_decode_state, prefill
 from tests.support.assertions import GOLDEN_LOGITS_ERROR
-from tests.support.models import one_stage_config, random_params
+from tests.support.models import make_stage, one_stage_config, random_params
 
 T = 16
 
@@ -51,10 +51,10 @@ def test_repeated_bytes_and_a_row_of_length_one_go_through_a_learned_router():
 @pytest.mark.slow
 @pytest.mark.parametrize("overflow", ["grow", "merge"])
 def test_a_document_of_100_kb_is_read_in_pieces_of_any_size(overflow):
-    common = dict(num_heads=2, rotary_width=8, feed_forward_width=24, ssm_state_size=8, ssm_head_width=16)
+    common = dict(num_heads=2, rotary_width=8, feed_forward_width=24, state_size=8, head_width=16)
     config = HNetConfig(vocab_size=256, stages=(
-        StageConfig(width=16, encoder="m1", decoder="t1", window=63, capacity=0.7, overflow=overflow, **common),
-        StageConfig(width=16, encoder="T1", decoder="", **common)))
+        make_stage(width=16, encoder="m1", decoder="t1", window=63, capacity=0.7, overflow=overflow, **common),
+        make_stage(width=16, encoder="T1", **common)))
     params = random_params(config)
     document = np.random.default_rng(0).integers(0, 256, (1, 100_000), dtype=np.int32)
 

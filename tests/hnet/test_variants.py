@@ -25,8 +25,9 @@ LEVELS = DRAW.integers(0, 3, (3, T), dtype=np.int32)
 def _mixed(first: dict, second: dict) -> HNetConfig:
     """Two chunking stages, attention alone."""
     outer, inner = one_stage_config().stages
-    middle = dataclasses.replace(outer, window=3, **second)
-    return HNetConfig(stages=(dataclasses.replace(outer, **first), middle, inner), vocab_size=61)
+    attention = dataclasses.replace(outer.stack.attention, window=3)
+    middle = outer.with_stack(attention=attention).with_chunking(**second)
+    return HNetConfig(stages=(outer.with_chunking(**first), middle, inner), vocab_size=61)
 
 
 CONFIGS = {
@@ -76,7 +77,7 @@ def test_a_later_byte_changes_nothing_before_it(variant):
 
 def test_packed_segments_equal_separate_rows(variant):
     config, _, levels, whole = variant
-    if config.stages[0].capacity < 1 or levels is not None:
+    if config.stages[0].chunking.capacity < 1 or levels is not None:
         pytest.skip("a row's slots are shared by its segments; given boundaries belong to a row")
     ids, tokens = np.zeros((3, T), np.int32), np.zeros((3, T), np.int32)
     apart_ids = np.zeros((3, T), np.int32)

@@ -1,22 +1,51 @@
 """Small models with random weights far from their initial values, so that their routers cut at random."""
+import dataclasses
 from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hnet import HNetConfig, HNetLM, StageConfig, init_decode_state, parameter_shapes
+from hnet import (
+    AttentionConfig,
+    ChunkingConfig,
+    HNetConfig,
+    HNetLM,
+    RecurrenceConfig,
+    StackConfig,
+    StageConfig,
+    init_decode_state,
+    parameter_shapes,
+)
 from tests.support.inputs import Draw
 
 MARGIN = 1e-4  # least distance of probabilities from 1/2: rounding must not move a boundary
 
 
+def make_stack(width: int, **fields) -> StackConfig:
+    """A stack from fields of all its parts by their names; `head_width` is that of a recurrence."""
+    recurrence, attention = _take(RecurrenceConfig, fields), _take(AttentionConfig, fields)
+    return StackConfig(
+        width=width, recurrence=RecurrenceConfig(**recurrence), attention=AttentionConfig(**attention), **fields)
+
+
+def make_stage(width: int, encoder: str = "m4", decoder: str = "", **fields) -> StageConfig:
+    """A stage from fields of all its parts by their names; see `make_stack`."""
+    chunking = ChunkingConfig(**_take(ChunkingConfig, fields))
+    return StageConfig(stack=make_stack(width, **fields), encoder=encoder, decoder=decoder, chunking=chunking)
+
+
+def _take(kind: type, fields: dict) -> dict:
+    """Removes the fields of a config class from `fields`, and returns them."""
+    return {field.name: fields.pop(field.name) for field in dataclasses.fields(kind) if field.name in fields}
+
+
 def two_stage_config(**stage_fields) -> HNetConfig:
-    common = dict(num_heads=2, rotary_width=8, feed_forward_width=24, ssm_state_size=8, ssm_head_width=16)
+    common = dict(num_heads=2, rotary_width=8, feed_forward_width=24, state_size=8, head_width=16)
     stages = (
-        StageConfig(width=16, encoder="m1", decoder="m1", **common, **stage_fields),
-        StageConfig(width=16, encoder="T1", decoder="m1", window=5, **common, **stage_fields),
-        StageConfig(width=24, encoder="t1", decoder="", **{**common, "rotary_width": 12}),
+        make_stage(width=16, encoder="m1", decoder="m1", **common, **stage_fields),
+        make_stage(width=16, encoder="T1", decoder="m1", window=5, **common, **stage_fields),
+        make_stage(width=24, encoder="t1", **{**common, "rotary_width": 12}),
     )
     return HNetConfig(stages=stages, vocab_size=61)
 
@@ -56,8 +85,8 @@ def one_stage_config(boundary_lm: HNetConfig | None = None, **stage_fields) -> H
     """Returns a config of attention alone, which compiles fast."""
     common = dict(num_heads=2, rotary_width=8, feed_forward_width=24)
     stages = (
-        StageConfig(width=16, encoder="t1", decoder="t1", **common, **stage_fields),
-        StageConfig(width=16, encoder="T1", decoder="", **common),
+        make_stage(width=16, encoder="t1", decoder="t1", **common, **stage_fields),
+        make_stage(width=16, encoder="T1", **common),
     )
     return HNetConfig(stages=stages, vocab_size=61, boundary_lm=boundary_lm)
 

@@ -26,12 +26,15 @@ KEPT_STEPS = (10, 15, 20)  # checkpoints of a finished run
 # Attention compiles in a third of the time of Mamba-2; these tests do not depend on the mixer.
 CONFIG = """
 from experiments.config import DataConfig, OptimizerConfig, RunConfig
-from hnet import HNetConfig, StageConfig
+from hnet import AttentionConfig, ChunkingConfig, HNetConfig, StackConfig, StageConfig
 
 def get_config():
+    attention = AttentionConfig(num_heads=2, rotary_width=8)
     stages = (
-        StageConfig(width=16, encoder="t1", decoder="t1", capacity=0.75, num_heads=2, rotary_width=8),
-        StageConfig(width=32, encoder="t1", decoder="", num_heads=2, rotary_width=8),
+        StageConfig(
+            stack=StackConfig(width=16, attention=attention), encoder="t1", decoder="t1",
+            chunking=ChunkingConfig(capacity=0.75)),
+        StageConfig(stack=StackConfig(width=32, attention=attention), encoder="t1"),
     )
     return RunConfig(
         model=HNetConfig(stages=stages),
@@ -40,18 +43,19 @@ def get_config():
             batch_size=8),
         optimizer=OptimizerConfig(peak_lr=3e-3, warmup_steps=5), num_steps={num_steps}, tokens_per_chunk=(4.0,),
         log_every=1, eval_every=8, eval_bytes=2000, checkpoint_every=5, report=False,
-    ).to_config_dict()
+    )
 """
 ISOTROPIC_CONFIG = """
-from experiments.config import RunConfig
-from hnet import HNetConfig, StageConfig
+from experiments.config import DataConfig, RunConfig
+from hnet import AttentionConfig, HNetConfig, StackConfig, StageConfig
 
 def get_config():
-    stage = StageConfig(width=16, encoder="t1", decoder="", num_heads=2, rotary_width=8)
-    config = RunConfig(model=HNetConfig(stages=(stage,)), tokens_per_chunk=()).to_config_dict()
-    config.data.update(source="files:{directory}/text/*.txt", cache_dir="{directory}/cache", sequence_length=32)
-    config.update(num_steps=1, eval_bytes=2000)
-    return config
+    stack = StackConfig(width=16, attention=AttentionConfig(num_heads=2, rotary_width=8))
+    stage = StageConfig(stack=stack, encoder="t1")
+    return RunConfig(
+        model=HNetConfig(stages=(stage,)), tokens_per_chunk=(), num_steps=1, eval_bytes=2000,
+        data=DataConfig(
+            source="files:{directory}/text/*.txt", cache_dir="{directory}/cache", sequence_length=32))
 """
 
 
@@ -107,7 +111,7 @@ def saved_steps(workdir: Path) -> list[int]:
 
 
 def config_of(path: Path, *overrides: str) -> RunConfig:
-    return RunConfig.from_config_dict(load_config(str(path), [f"--config.{each}" for each in overrides]))
+    return load_config(str(path), [f"--config.{each}" for each in overrides], RunConfig)
 
 
 def batches_of(config: RunConfig) -> BatchSource:

@@ -6,9 +6,9 @@ from experiments.analysis import boundaries
 from experiments.analysis.boundaries import byte_boundaries, chunk_texts
 from experiments.config import DataConfig, RunConfig
 from experiments.data import BOS
-from hnet import HNetConfig, HNetLM, StageConfig
+from hnet import HNetConfig, HNetLM
 from tests.support.assertions import SAME_COMPUTATION
-from tests.support.models import random_params
+from tests.support.models import make_stage, random_params
 
 SIZE = 32
 TEXT = np.random.default_rng(0).bytes(131)  # some of it is no UTF-8
@@ -18,8 +18,8 @@ TEXT = np.random.default_rng(0).bytes(131)  # some of it is no UTF-8
 def model():
     """(config, params) of a model that cuts at random; its capacity while training would be too small here."""
     stage = dict(width=16, capacity=0.25, num_heads=2, rotary_width=8)
-    stages = (StageConfig(encoder="t1", decoder="t1", **stage), StageConfig(encoder="t1", decoder="t1", **stage),
-              StageConfig(encoder="t1", decoder="", **stage))
+    stages = (make_stage(encoder="t1", decoder="t1", **stage), make_stage(encoder="t1", decoder="t1", **stage),
+              make_stage(encoder="t1", **stage))
     config = RunConfig(
         model=HNetConfig(stages=stages), data=DataConfig(sequence_length=SIZE), tokens_per_chunk=(2.0, 2.0))
     return config, random_params(config.model)
@@ -113,7 +113,7 @@ def test_empty_text_and_a_model_without_stages_have_no_boundaries(model):
     (empty,) = chunk_texts(config, params, [("empty", b"")])
     assert empty.nats.shape == (0,)
     assert [len(stage.boundary_prob) for stage in empty.stages] == [0, 0]
-    stage = StageConfig(width=16, encoder="t1", decoder="", num_heads=2)
+    stage = make_stage(width=16, encoder="t1", num_heads=2)
     flat = RunConfig(model=HNetConfig(stages=(stage,)), tokens_per_chunk=())
     (flat_text,) = chunk_texts(flat, random_params(flat.model), [("flat", TEXT)])
     assert flat_text.stages == () and np.isfinite(flat_text.nats).all()

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from experiments.analysis.flops import count_flops, model_flops_per_byte
-from hnet import HNetConfig, StageConfig
+from hnet import HNetConfig
+from tests.support.models import make_stage
 
 
 def _array(*shape):
@@ -54,8 +55,8 @@ def test_a_loop_of_unknown_length_is_refused():
 
 
 WIDTH, FEED_FORWARD, LAYERS, T, VOCAB = 16, 24, 3, 32, 61
-TRANSFORMER = StageConfig(
-    width=WIDTH, encoder=f"T{LAYERS}", decoder="", num_heads=2, feed_forward_width=FEED_FORWARD)
+TRANSFORMER = make_stage(
+    width=WIDTH, encoder=f"T{LAYERS}", num_heads=2, feed_forward_width=FEED_FORWARD)
 
 
 def _transformer_flops(tokens: float) -> float:
@@ -70,11 +71,12 @@ def test_a_transformer_has_the_flops_of_the_formula():
 
 
 def test_inner_stages_count_by_their_chunks_whatever_capacity_the_config_has():
-    outer = dataclasses.replace(TRANSFORMER, encoder="t1", decoder="t1", router="stride", capacity=0.5)
+    outer = dataclasses.replace(TRANSFORMER, encoder="t1", decoder="t1")
+    outer = outer.with_chunking(router="stride", capacity=0.5)
     config = HNetConfig(stages=(outer, TRANSFORMER), vocab_size=VOCAB)
     whole, quarter = (model_flops_per_byte(config, T, (n,)) for n in (1.0, 4.0))
     assert whole - quarter == (_transformer_flops(T) - _transformer_flops(T / 4)) / T
-    grows = config.with_stages(overflow="grow", packed=True)
+    grows = config.with_chunking(overflow="grow", packed=True)
     assert model_flops_per_byte(grows, T, (4.0,)) == quarter
 
 

@@ -8,8 +8,7 @@ import pytest
 
 from experiments.config import RunConfig
 from experiments.config.files import config_from_json, config_to_json, configs_in, load_config
-from hnet import parameter_shapes
-from hnet.pretrained.hnet_release import to_official_json
+from hnet import parameter_shapes, to_official_json
 
 FILES = {name: path for name, path in configs_in().items() if path.parent.name != "tasks"}
 NAMES = sorted(FILES)
@@ -31,7 +30,7 @@ RELEASED = {  # config -> layout, widths, feed-forward widths and rotary widths 
 
 
 def _run(name: str) -> RunConfig:
-    return RunConfig.from_config_dict(load_config(name, []))
+    return load_config(name, [], RunConfig)
 
 
 def _millions(run: RunConfig) -> float:
@@ -40,10 +39,8 @@ def _millions(run: RunConfig) -> float:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_config_loads_round_trips_and_describes_a_model(name):
-    config = load_config(name, [])
-    run = RunConfig.from_config_dict(config)
-    assert run.to_config_dict().to_dict() == config.to_dict()
-    assert RunConfig.from_config_dict(config_from_json(config_to_json(config))) == run
+    run = _run(name)
+    assert config_from_json(config_to_json(run), RunConfig) == run
     expected = (OURS | PAPER).get(name)
     millions = _millions(run)
     assert millions == pytest.approx(expected, rel=0.05 if name in PAPER else 0.25) if expected else millions > 0
@@ -70,7 +67,7 @@ def test_released_models_are_those_of_the_release(name):
 
 def test_a_copy_of_a_config_works_from_anywhere(tmp_path):
     shutil.copy(FILES["hnet_1stage_l"], tmp_path / "mine.py")
-    assert load_config(str(tmp_path / "mine.py"), []).to_dict() == load_config("hnet_1stage_l", []).to_dict()
+    assert load_config(str(tmp_path / "mine.py"), [], RunConfig) == _run("hnet_1stage_l")
 
 
 def test_the_boundary_lm_of_blt_is_the_model_that_its_own_config_trains():
@@ -80,5 +77,6 @@ def test_the_boundary_lm_of_blt_is_the_model_that_its_own_config_trains():
 def test_rules_that_cut_are_not_pulled_at():
     for name in NAMES:
         run = _run(name)
-        if not any(stage.router == "learned" for stage in run.model.stages[:-1]) and len(run.model.stages) > 1:
+        routers = {stage.chunking.router for stage in run.model.stages[:-1]}
+        if routers and "learned" not in routers:
             assert run.ratio_objective == "none" or name.startswith("compare_"), name

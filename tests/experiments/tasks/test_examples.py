@@ -12,7 +12,7 @@ from experiments.tasks.model import TaskModel
 from experiments.tasks.mqar import MQAR
 from experiments.tasks.settings import Setting, settings_of
 from experiments.tasks.training import _sources_of_calls, in_turn
-from hnet import StageConfig
+from tests.support.models import make_stack
 
 
 def test_splits_seeds_and_batches_share_no_sequence():
@@ -53,7 +53,7 @@ def test_a_call_draws_from_sources_of_one_length_and_each_as_often_as_its_share_
 
 def test_selectivbench_has_the_settings_and_columns_of_its_kinds():
     data = SelectivBenchConfig(alphabets=(4, 5), depth=2, longer_gaps=(7,))
-    config = TaskConfig(data=data, stage=StageConfig(width=8, encoder="", decoder=""), mixers=("m",))
+    config = TaskConfig(data=data, stack=make_stack(8, head_width=8), mixers=("m",))
     columns = {setting.name: [column.name for column in setting.columns] for setting in settings_of(config, 0)}
     assert columns["gaps5"] == ["gaps, 5 symbols", "gaps of 7, 5 symbols"]
     kinds = ("complexity", "gaps", "distractors")
@@ -69,13 +69,13 @@ def test_one_model_per_kind_is_tested_on_its_own_kind():
         one_model=False, train_lengths=(64, 128), train_pairs=(4, 8), train_shares=(1.0, 1.0),
         test_lengths=(64, 128), test_pairs=(4, 8))
     settings = settings_of(TaskConfig(
-        data=data, stage=StageConfig(width=8, encoder="", decoder=""), mixers=("m",)), 0)
+        data=data, stack=make_stack(8, head_width=8), mixers=("m",)), 0)
     assert [setting.name for setting in settings] == ["64x4", "128x8"]
     assert all(setting.sources == (setting.columns[0].source,) for setting in settings)
 
 
 def test_logits_at_positions_are_those_of_these_steps():
-    model = TaskModel(StageConfig(width=8, encoder="t1", decoder="", num_heads=1), 8, 8, conv_taps=2)
+    model = TaskModel("t1", make_stack(8, num_heads=1), 8, 8, conv_taps=2)
     inputs = jnp.arange(6)[None], jnp.ones((1, 6), jnp.int32)
 
     @jax.jit

@@ -13,22 +13,22 @@ from experiments.tasks.config import SelectivBenchConfig, TaskConfig
 from experiments.tasks.results import Result
 from experiments.tasks.settings import settings_of
 from experiments.tasks.training import Measured, Trainer
-from hnet import StageConfig
+from tests.support.models import make_stack
 
 CONFIGS = CONFIGS_DIRECTORY / "tasks"
 NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if not path.stem.startswith("_"))
 RATES = (3e-3, 1e30)  # one that learns, one that cannot
 CONFIG = """
 from experiments.tasks.config import MQARConfig, TaskConfig
-from hnet import StageConfig
+from hnet import AttentionConfig, StackConfig
 
 def get_config():
     data = MQARConfig(vocab_size=8, train_lengths=(12, 12), train_pairs=(1, 2), train_shares=(1.0, 3.0),
                       test_lengths=(12, 12), test_pairs=(1, 2))
-    stage = StageConfig(width=8, encoder="", decoder="", num_heads=1)
+    stack = StackConfig(width=8, attention=AttentionConfig(num_heads=1))
     return TaskConfig(
-        data=data, stage=stage, mixers=("t1",), learning_rates=(3e-3, 1e30), num_steps=8, steps_per_call=2,
-        batch_size=4, test_sequences=6, test_batch_size=4).to_config_dict()
+        data=data, stack=stack, mixers=("t1",), learning_rates=(3e-3, 1e30), num_steps=8, steps_per_call=2,
+        batch_size=4, test_sequences=6, test_batch_size=4)
 """
 
 
@@ -106,8 +106,8 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(swept, config_path, t
 
 
 def test_runs_of_another_config_are_not_mixed_in(swept, config_path):
-    with pytest.raises(UsageError, match=r"was made with config\.stage\.width 8, and this command asks for 16;"):
-        command.main(_arguments(config_path, swept, "--config.stage.width=16"))
+    with pytest.raises(UsageError, match=r"was made with config\.stack\.width 8, and this command asks for 16;"):
+        command.main(_arguments(config_path, swept, "--config.stack.width=16"))
 
 
 def test_other_mixers_and_rates_may_be_added(swept, config_path):
@@ -124,7 +124,7 @@ def test_there_is_no_table_of_nothing(config_path, tmp_path):
 def test_strings_of_a_grammar_are_learned_from():
     data = SelectivBenchConfig(kinds=("distractors",), alphabets=(4,), depth=2, num_shown=6, first_distractor=0)
     config = TaskConfig(
-        data=data, stage=StageConfig(width=16, encoder="", decoder="", num_heads=1), mixers=("t1",), num_steps=60,
+        data=data, stack=make_stack(16, num_heads=1), mixers=("t1",), num_steps=60,
         steps_per_call=30, batch_size=16, test_sequences=64)
     [setting] = settings_of(config, 0)
     trainer = Trainer(config, "t1", setting)
@@ -136,8 +136,8 @@ def test_strings_of_a_grammar_are_learned_from():
 
 @pytest.mark.slow
 def test_attention_recalls():
-    fields = load_config("mqar_tiny", [], directory=CONFIGS).to_dict()
-    config = TaskConfig.from_config_dict(fields | {"mixers": ("t",), "num_steps": 1000})
+    config = load_config("mqar_tiny", [], TaskConfig, directory=CONFIGS)
+    config = dataclasses.replace(config, mixers=("t",), num_steps=1000)
     [setting] = settings_of(config, 0)
     trainer = Trainer(config, "t", setting)
     *_, (state, _) = trainer.train(0, config.learning_rates[0])
@@ -149,10 +149,8 @@ def test_attention_recalls():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_config_loads_round_trips_makes_its_data_and_gives_its_command(name):
-    config_dict = load_config(name, [], directory=CONFIGS)
-    config = TaskConfig.from_config_dict(config_dict)
-    assert config.to_config_dict().to_dict() == config_dict.to_dict()
-    assert TaskConfig.from_config_dict(config_from_json(config_to_json(config_dict))) == config
+    config = load_config(name, [], TaskConfig, directory=CONFIGS)
+    assert config_from_json(config_to_json(config), TaskConfig) == config
     names = [column.name for setting in settings_of(config, 0) for column in setting.columns]
     assert len(set(names)) == len(names)
     text = (CONFIGS / f"{name}.py").read_text()
@@ -163,7 +161,7 @@ def test_config_loads_round_trips_makes_its_data_and_gives_its_command(name):
     (["--seeds=0"], "--seeds=0 must be at least 1"),
     (["--config=mqar_tyni"], "no config of that name; did you mean 'mqar_tiny'?"),
     (["--config.num_stepz=1"], "config has no field 'num_stepz'; did you mean 'num_steps'?"),
-    (["--config.stage.router=space"], "config.stage has no field 'router'"),
+    (["--config.stack.router=space"], "config.stack has no field 'router'"),
     (["--config.task=mqr"], "task 'mqr' is not one of mqar, selectivbench; did you mean 'mqar'?"),
     (["--config.num_steps=9"], "num_steps 9 is not a multiple of steps_per_call 2"),
     (["--config.learning_rates=(0.0,)"], "learning_rates (0.0,) must be one or more different numbers above 0"),

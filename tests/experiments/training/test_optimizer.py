@@ -15,9 +15,10 @@ from experiments.training.optimizer import (
     make_optimizer,
     stage_multipliers,
 )
-from hnet import HNetConfig, StageConfig, parameter_shapes
+from hnet import HNetConfig, from_official_json, parameter_shapes
 from hnet.pretrained.hnet_release import relabelling
 from tests.support.assertions import golden
+from tests.support.models import make_stage
 
 NUM_STEPS = 100
 
@@ -29,7 +30,7 @@ def _rates(**fields) -> np.ndarray:
 
 
 def _run(optimizer: OptimizerConfig, widths: tuple[int, ...] = (32, 64), chunk: float = 4.0) -> RunConfig:
-    stages = [StageConfig(width=width, encoder="m1", decoder="m1") for width in widths]
+    stages = [make_stage(width=width, encoder="m1", decoder="m1") for width in widths]
     stages[-1] = dataclasses.replace(stages[-1], decoder="")
     return RunConfig(model=HNetConfig(stages=tuple(stages)), optimizer=optimizer, num_steps=NUM_STEPS,
                      tokens_per_chunk=(chunk,) * (len(widths) - 1))
@@ -76,7 +77,7 @@ def test_without_decay_or_warm_up_the_rate_is_constant():
 @pytest.mark.parametrize("name", ["hnet_a_1stage", "hnet_b_2stage"])
 def test_multipliers_and_official_decay_are_those_of_the_release(name):
     data = golden(name)
-    model = HNetConfig.from_official_json(str(data["config_json"]))
+    model = from_official_json(str(data["config_json"]))
     params = parameter_shapes(model)
     config = OptimizerConfig(
         stage_lr_multipliers=tuple(map(float, data["opt/stage_multipliers"])), decay_groups="official",
@@ -116,7 +117,7 @@ PARAMS = {
 
 def _first_update(config: OptimizerConfig, params, grads):
     params, grads = (jax.tree.map(lambda z: jnp.full(3, z, jnp.float32), tree) for tree in (params, grads))
-    optimizer = make_optimizer(_run(config), params)
+    optimizer = make_optimizer(config, NUM_STEPS, params, multipliers=stage_multipliers(_run(config)))
     updates, _ = optimizer.update(grads, optimizer.init(params), params)
     return jax.tree.map(lambda z: float(z[0]), updates)
 
@@ -143,6 +144,22 @@ def test_a_multiplier_scales_the_step_and_without_multipliers_there_is_none():
     assert scaled["stage0"]["stage1"]["scale"] == pytest.approx(2 * plain["stage0"]["stage1"]["scale"])
 
 
+def test_every_stage_needs_a_multiplier():
+    with pytest.raises(ValueError, match=r"multipliers \(1.0,\) has 1 values, and none for stage 1, which"):
+        make_optimizer(CONSTANT, NUM_STEPS, PARAMS)
+
+
+def test_parameters_of_other_models_are_put_into_groups_by_their_paths():
+    params = {"slow": jnp.ones(3), "fast": jnp.ones(3), "kept": jnp.ones(3)}
+    groups = {"slow": 0, "fast": 1, "kept": None}
+    optimizer = make_optimizer(
+        dataclasses.replace(CONSTANT, weight_decay=0.0), NUM_STEPS, params,
+        stage_of=lambda path: groups[path[0].key], multipliers=(1.0, 4.0))
+    updates, _ = optimizer.update(jax.tree.map(jnp.ones_like, params), optimizer.init(params), params)
+    np.testing.assert_allclose(updates["fast"], 4 * updates["slow"])
+    assert (updates["kept"] == 0).all() and (updates["slow"] != 0).all()
+
+
 def test_a_boundary_lm_is_frozen_with_all_its_stages():
     params = {"kernel": 1.0, "boundary_lm": {"lm_head": 1.0, "stage0": {"stage1": {"kernel": 1.0}}}}
     updates = _first_update(CONSTANT, params, jax.tree.map(lambda _: 0.01, params))
@@ -155,6 +172,6 @@ def test_gradients_are_scaled_down_to_the_largest_norm_and_0_is_off(limit, expec
     """Seen in Adam's first moment, which is (1 - b1) times the gradient."""
     config = dataclasses.replace(CONSTANT, max_grad_norm=limit, stage_lr_multipliers=())
     params = {"kernel": jnp.zeros(2)}
-    optimizer = make_optimizer(_run(config), params)
+    optimizer = make_optimizer(config, NUM_STEPS, params, multipliers=(1.0, 1.0))
     _, state = optimizer.update({"kernel": jnp.array([30.0, 40.0])}, optimizer.init(params), params)
     np.testing.assert_allclose(optax.tree.norm(optax.tree.get(state, "mu")) / 0.1, expected, rtol=1e-5)

@@ -10,6 +10,7 @@ import pytest
 
 from experiments import evaluate, train
 from experiments.config import DataConfig, OptimizerConfig, RunConfig
+from experiments.config.files import saved_fields
 from experiments.data import BOS
 from experiments.errors import RunError, UsageError
 from experiments.runs.checkpoints import Checkpoints
@@ -205,7 +206,7 @@ def test_evaluate_counts_only_what_follows_the_marker(finished_run, capsys):
 
 def _save(workdir: Path, config: RunConfig, state, **meta) -> Path:
     checkpoints = Checkpoints(workdir / "checkpoints", keep=1)
-    checkpoints.save(1, state, {"config": config.to_config_dict().to_dict()} | meta)
+    checkpoints.save(1, state, {"config": saved_fields(config)} | meta)
     checkpoints.close()
     return workdir
 
@@ -236,7 +237,7 @@ def with_boundary_lm(configs):
     """A config whose router looks at the entropy of the model of isotropic.py."""
     lm = config_of(configs / "isotropic.py")
     tiny = config_of(configs / "tiny.py")
-    outer = dataclasses.replace(tiny.model.stages[0], router="entropy")
+    outer = tiny.model.stages[0].with_chunking(router="entropy")
     model = dataclasses.replace(tiny.model, stages=(outer, *tiny.model.stages[1:]), boundary_lm=lm.model)
     return lm, dataclasses.replace(tiny, model=model)
 
@@ -286,8 +287,8 @@ def test_more_overflow_than_allowed_is_told_with_the_fields_to_change(tiny):
     assert overflow_problem(config, _counts(100, 25)) == ""
     assert overflow_problem(config, _counts(100, 26)) == (
         "26 of the 100 boundaries of stage0 are past its capacity of 24 slots per row, in 3 rows; raise "
-        "config.model.stages.stage0.capacity 0.75, or set config.model.stages.stage0.overflow to 'grow', or raise "
-        "config.max_overflow_fraction 0.25")
+        "config.model.stages.stage0.chunking.capacity 0.75, or set "
+        "config.model.stages.stage0.chunking.overflow to 'grow', or raise config.max_overflow_fraction 0.25")
     assert overflow_problem(config_of(tiny), _counts(100, 100)) == "", "1 never stops"
     never = config_of(tiny, "max_overflow_fraction=0")
     assert overflow_problem(never, _counts(100, 0)) == "" != overflow_problem(never, _counts(100, 1))
@@ -297,10 +298,12 @@ def test_overflow_that_is_an_error_stops_training_by_its_name_and_not_as_nan(
     tiny, one_device, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(train, "make_mesh", lambda model_axis: one_device)
-    overrides = "--config.model.stages.stage0.capacity=0.125", "--config.model.stages.stage0.overflow=error"
+    field = "--config.model.stages.stage0.chunking"
+    overrides = f"{field}.capacity=0.125", f"{field}.overflow=error"
     with pytest.raises(RunError) as refusal:
         train.main([f"--config={tiny}", f"--workdir={tmp_path}", "--config.checkpoint_every=1", *overrides])
     assert re.fullmatch(
         r"step 1: \d+ of the \d+ boundaries of stage0 are past its capacity of 4 slots per row, in 8 rows; "
-        r"raise config\.model\.stages\.stage0\.capacity 0\.125, or set config\.model\.stages\.stage0\.overflow "
-        r"'error' to 'grow' or 'merge'; there is no checkpoint", str(refusal.value))
+        r"raise config\.model\.stages\.stage0\.chunking\.capacity 0\.125, or set "
+        r"config\.model\.stages\.stage0\.chunking\.overflow 'error' to 'grow' or 'merge'; there is no checkpoint",
+        str(refusal.value))

@@ -19,7 +19,7 @@ from experiments.training.step import compile_program
 
 topology, dtype = sys.argv[1:]
 devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-config = RunConfig.from_config_dict(load_config("hnet2_tiny_stdlib", [f"--config.model.dtype={dtype}"]))
+config = load_config("hnet2_tiny_stdlib", [f"--config.model.dtype={dtype}"], RunConfig)
 mesh = make_mesh(2, list(devices))
 with use_mesh(mesh):
     program = compile_program(config, mesh)

@@ -7,19 +7,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hnet import HNetConfig, HNetLM, StageConfig, load_official_params, parameter_shapes
-from hnet.pretrained.hnet_release import official_shapes, to_official_json, to_official_params
+from hnet import (
+    HNetConfig,
+    HNetLM,
+    RecurrenceConfig,
+    from_official_json,
+    load_official_params,
+    parameter_shapes,
+    to_official_json,
+    to_official_params,
+)
+from hnet.pretrained.hnet_release import official_shapes
 from tests.support.assertions import golden
+from tests.support.models import make_stage
 
-OUTER = dict(num_heads=2, rotary_width=8, ssm_state_size=8, feed_forward_width=128)
+OUTER = dict(num_heads=2, rotary_width=8, state_size=8, feed_forward_width=128)
 ATTENTION_OUTSIDE = HNetConfig(vocab_size=50, stages=(
-    StageConfig(width=32, encoder="T1m1", decoder="t2", **OUTER),
-    StageConfig(width=32, encoder="M2", decoder="", **OUTER)))
-ISOTROPIC = HNetConfig(vocab_size=50, stages=(StageConfig(width=32, encoder="T2m1", decoder="", **OUTER),))
+    make_stage(width=32, encoder="T1m1", decoder="t2", **OUTER),
+    make_stage(width=32, encoder="M2", **OUTER)))
+ISOTROPIC = HNetConfig(vocab_size=50, stages=(make_stage(width=32, encoder="T2m1", **OUTER),))
 PAD_ONLY_INSIDE = HNetConfig(vocab_size=50, stages=(
-    StageConfig(width=32, encoder="m1", decoder="m1", **{**OUTER, "feed_forward_width": 0}),
-    StageConfig(width=32, encoder="m1", decoder="m1", **{**OUTER, "feed_forward_width": 0}),
-    StageConfig(width=64, encoder="T1", decoder="", **OUTER)))
+    make_stage(width=32, encoder="m1", decoder="m1", **{**OUTER, "feed_forward_width": 0}),
+    make_stage(width=32, encoder="m1", decoder="m1", **{**OUTER, "feed_forward_width": 0}),
+    make_stage(width=64, encoder="T1", **OUTER)))
 TIED = dataclasses.replace(ATTENTION_OUTSIDE, tie_embeddings=True)
 CONFIGS = {"attention outside": ATTENTION_OUTSIDE, "isotropic": ISOTROPIC, "pad inside": PAD_ONLY_INSIDE,
            "tied": TIED}
@@ -40,7 +50,7 @@ def _golden_model(name):
 @GOLDEN_MODELS
 def test_official_shapes_are_those_of_the_release(name):
     text, state = _golden_model(name)
-    shapes = official_shapes(HNetConfig.from_official_json(text))
+    shapes = official_shapes(from_official_json(text))
     assert shapes == {name: value.shape for name, value in state.items()}
 
 
@@ -112,7 +122,7 @@ class FakeTorchTensor:
 
 def test_reads_torch_tensors():
     text, state = _golden_model("hnet_a_1stage")
-    config = HNetConfig.from_official_json(text)
+    config = from_official_json(text)
     torch_state = {name: FakeTorchTensor(value, 2) for name, value in state.items()}
     jax.tree.map(np.testing.assert_array_equal, load_official_params(torch_state, config),
                  load_official_params(state, config))
@@ -133,7 +143,7 @@ def test_names_and_shapes_that_do_not_fit_are_refused():
 @GOLDEN_MODELS
 def test_a_released_model_comes_back_bit_for_bit(name):
     text, state = _golden_model(name)
-    config = HNetConfig.from_official_json(text)
+    config = from_official_json(text)
     back = to_official_params(load_official_params(state, config), config)
     assert back.keys() == state.keys()
     for tensor in state:
@@ -169,7 +179,7 @@ def test_each_tensor_is_fetched_once():
 @GOLDEN_MODELS
 def test_the_config_file_of_a_released_model_comes_back(name):
     text, _ = _golden_model(name)
-    config = HNetConfig.from_official_json(text)
+    config = from_official_json(text)
     written = json.loads(to_official_json(config))
     official = json.loads(text)
     official["d_intermediate"] = [-(-width // 128) * 128 for width in official["d_intermediate"]]
@@ -179,29 +189,30 @@ def test_the_config_file_of_a_released_model_comes_back(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_config_files_round_trip(name):
-    assert HNetConfig.from_official_json(to_official_json(CONFIGS[name])) == CONFIGS[name]
+    assert from_official_json(to_official_json(CONFIGS[name])) == CONFIGS[name]
 
 
 def test_what_differs_between_stages_is_written_as_a_list():
     stages = list(PAD_ONLY_INSIDE.stages)
-    stages[1] = dataclasses.replace(stages[1], ssm_state_size=16, ssm_expand=4)
+    stages[1] = stages[1].with_stack(recurrence=RecurrenceConfig(state_size=16, expand=4))
     config = dataclasses.replace(PAD_ONLY_INSIDE, stages=tuple(stages))
     assert json.loads(to_official_json(config))["ssm_cfg"] == {
         "chunk_size": 256, "d_conv": 4, "d_state": [8, 16, 8], "expand": [2, 4, 2]}
-    assert HNetConfig.from_official_json(to_official_json(config)) == config
+    assert from_official_json(to_official_json(config)) == config
 
 
 @pytest.mark.parametrize(("fields", "message"), [
-    (dict(router="stride"), "has no word for stage0.router 'stride': it is always 'learned' there"),
-    (dict(downsampler="mean"), "has no word for stage0.downsampler 'mean': it is always 'first' there"),
-    (dict(upsampler="none"), "has no word for stage0.upsampler 'none': it is always 'smooth' there"),
-    (dict(ssm_head_width=16), "has no word for stage0.ssm_head_width 16: it is always 64 there"),
-    (dict(feed_forward_width=100), "needs a stage0.feed_forward_width that is a multiple of 128, not 100"),
-    (dict(width=16, ssm_expand=4), "needs a stage0.width that is a multiple of 32, not 16"),
+    (dict(router="stride"), "has no word for stage0.chunking.router 'stride': it is always 'learned' there"),
+    (dict(downsampler="mean"), "has no word for stage0.chunking.downsampler 'mean': it is always 'first' there"),
+    (dict(upsampler="none"), "has no word for stage0.chunking.upsampler 'none': it is always 'smooth' there"),
+    (dict(head_width=16), "has no word for stage0.stack.recurrence.head_width 16: it is always 64 there"),
+    (dict(feed_forward_width=100), "needs a stage0.stack.feed_forward_width that is a multiple of 128, not 100"),
+    (dict(width=16, expand=4), "needs a stage0.stack.width that is a multiple of 32, not 16"),
 ])
 def test_models_that_the_release_does_not_have_are_refused(fields, message):
-    outer, inner = ATTENTION_OUTSIDE.stages
-    config = dataclasses.replace(ATTENTION_OUTSIDE, stages=(dataclasses.replace(outer, **fields), inner))
+    inner = ATTENTION_OUTSIDE.stages[-1]
+    outer = make_stage(**dict(width=32, encoder="T1m1", decoder="t2", **OUTER) | fields)
+    config = dataclasses.replace(ATTENTION_OUTSIDE, stages=(outer, inner))
     for write in (to_official_json, lambda config: to_official_params({}, config)):
         with pytest.raises(ValueError) as refusal:
             write(config)
@@ -211,10 +222,11 @@ def test_models_that_the_release_does_not_have_are_refused(fields, message):
 def test_routers_without_parameters_ask_for_none_and_what_only_computes_differently_is_left_out():
     outer, inner = ATTENTION_OUTSIDE.stages
     config = dataclasses.replace(
-        ATTENTION_OUTSIDE, stages=(dataclasses.replace(outer, router="stride"), inner))
+        ATTENTION_OUTSIDE, stages=(outer.with_chunking(router="stride"), inner))
     state = _official(config, np.zeros)
     assert not [name for name in state if "routing_module" in name]
     params = load_official_params(state, config)
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(lambda s: s.shape, parameter_shapes(config))
-    faster = dataclasses.replace(ATTENTION_OUTSIDE, dtype="bfloat16").with_stages(capacity=0.5, remat="block")
+    faster = dataclasses.replace(ATTENTION_OUTSIDE, dtype="bfloat16")
+    faster = faster.with_chunking(capacity=0.5).with_stack(remat="block")
     assert to_official_json(faster) == to_official_json(ATTENTION_OUTSIDE)
