@@ -37,9 +37,7 @@ def empty_mixer_state(mixer: str, stack: StackConfig, batch: int, max_length: in
 
 
 def _attention(stack: StackConfig, **keywords: Any) -> nn.Module:
-    return Attention(
-        num_heads=stack.attention.num_heads, rotary_width=stack.attention.rotary_width,
-        window=stack.attention.window, **keywords)
+    return Attention(**vars(stack.attention), **keywords)  # the fields have the same names
 
 
 def _matrix_state(kind: Callable[..., nn.Module], **fixed: Any) -> Callable[..., nn.Module]:
