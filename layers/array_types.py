@@ -1,9 +1,11 @@
 """The letters that name axes, and the array annotations built from them.
 
-  b  sequences in the batch     t  positions at this stage (queries)     s  key/value positions
-  d  model width                h  heads      g  groups of heads that share keys
-  k  width of a query/key head (Mamba's state size)                      v  width of a value head
+  b  sequences in the batch       t  positions at this stage (queries)
+  d  model width                  s  key/value positions
+  h  query or value heads         n  key heads, h a multiple of n; each serves r = h / n value heads
+  k  width of a query/key head (the state size of a state space)           v  width of a value head
   c  chunk slots, c <= t; slots past the last chunk are padding
+  e  segments (episodes) of a row  i, j  query and key blocks;  m  block lists;  l  entries of a list
   w  taps of a convolution
 
 `segment_ids` [b, t] say which tokens belong together: 0 is padding, anywhere in a row; non-zero ids are

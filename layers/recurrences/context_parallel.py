@@ -1,8 +1,7 @@
-"""Recurrences along an axis of time that is spread over devices.
+"""Recurrences along an axis of time that is sharded over devices.
 
-Each shard says what it would leave behind of a state that enters it, and what it leaves behind of its own: one
-matrix or vector, and one state. All shards are told all of these, and each works out the state that enters it,
-from which it runs.
+Each shard summarises its effect on a state that enters it, a transition (one matrix or vector) and a state of its
+own. All shards gather all summaries; each works out the state that enters it, and runs from there.
 """
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,10 +11,10 @@ import jax.numpy as jnp
 
 
 class Summary(NamedTuple):
-    """What the tokens of a shard do to a state that enters it: transition (state) + own."""
+    """Effect of a shard's tokens on a state that enters it: transition (state) + own."""
 
     transition: jax.Array  # [b, ...]
-    own: jax.Array         # [b, ...], as a state
+    own: jax.Array         # [b, ...], shaped as a state
 
 
 def states_around(
@@ -25,10 +24,10 @@ def states_around(
     """Returns the state that enters this shard [b, ...], and the one that leaves the last.
 
     Args:
-      axis_name: of the mesh, inside `jax.shard_map`; time is sharded along it in order.
+      axis_name: axis of the mesh, inside `jax.shard_map`, along which time is sharded in order.
       apply: called with a transition and a state.
-      initial_state: [b, ...] enters the first shard, of the first segment.
-      segment_ids: [b, t] of the shard, in the order in which it runs; None means one segment in all shards.
+      initial_state: [b, ...] enters the first segment of the first shard.
+      segment_ids: [b, t] of this shard, in the order in which it runs; None means one segment in all shards.
       reverse: the last shard comes first.
     """
     if segment_ids is None:
@@ -43,24 +42,25 @@ def states_around(
 
     id_before = jnp.concatenate([jnp.zeros_like(last_id[:1]), last_id[:-1]])
     num_before = jnp.cumsum(has_tokens, axis=0) - has_tokens
-    goes_on = (num_before == 0) | ((first_id != 0) & (first_id == id_before))
+    continues = (num_before == 0) | ((first_id != 0) & (first_id == id_before))
 
     def step(state, shard):
-        summary, goes_on, has_tokens = shard
-        entering = jnp.where(_over(goes_on | ~has_tokens, state), state, 0)
+        summary, continues, has_tokens = shard
+        entering = jnp.where(_broadcast_rows(continues | ~has_tokens, state), state, 0)
         return apply(summary.transition, entering) + summary.own, entering
 
-    last, entering = jax.lax.scan(step, varying_like(initial_state, summary.own), (summaries, goes_on, has_tokens))
+    start = varying_like(initial_state, summary.own)
+    last, entering = jax.lax.scan(step, start, (summaries, continues, has_tokens))
     return jax.lax.dynamic_index_in_dim(entering, index, keepdims=False), last
 
 
-def _over(per_row: jax.Array, state: jax.Array) -> jax.Array:
+def _broadcast_rows(per_row: jax.Array, state: jax.Array) -> jax.Array:
     return per_row.reshape(-1, *(1,) * (state.ndim - 1))
 
 
 def varying_like(x: jax.Array, like: jax.Array) -> jax.Array:
-    """x, for a loop inside `jax.shard_map` that makes of it what differs between devices as `like` does.
+    """Casts x to vary over the same mesh axes as `like`, as a scan requires of its carry inside `jax.shard_map`.
 
-    The loop wants to be told so of its first value already. All it is told is a type: the choice is made for good.
+    Only the type changes: the condition is False, so x is what is returned.
     """
     return jnp.where(False, like[(0,) * like.ndim].astype(x.dtype), x)

@@ -7,22 +7,22 @@ import jax.numpy as jnp
 from layers.array_types import Array, Float, Int, typed
 from layers.recurrences.matrix import (
     MatrixImplementation,
-    Tokens,
-    decay_per_head,
+    StepInputs,
+    add_shared_axis,
+    group_decays,
+    group_heads,
     matrix_recurrence,
-    per_group,
-    per_head,
 )
 
 
 @typed
 def gated_linear_attention(
-    q: Float[Array, "b t g k"],
-    k: Float[Array, "b t g k"],
+    q: Float[Array, "b t n k"],
+    k: Float[Array, "b t n k"],
     v: Float[Array, "b t h v"],
     log_decay: Float[Array, "b t h"] | Float[Array, "b t h k"] | None = None,
     *,
-    initial_state: Float[Array, "b h k v"] | Float[Array, "b n h k v"] | None = None,
+    initial_state: Float[Array, "b h k v"] | Float[Array, "b e h k v"] | None = None,
     segment_ids: Int[Array, "b t"] | None = None,
     reverse: bool = False,
     scale: float | None = None,
@@ -30,20 +30,20 @@ def gated_linear_attention(
     axis_name: str | None = None,
     chunk_size: int | None = None,
     interpret: Any = False,
-) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"] | Float[Array, "b n h k v"]]:
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"] | Float[Array, "b e h k v"]]:
     """Runs S_t = diag(exp log_decay_t) S_{t-1} + k_t v_t^T and returns o_t = scale S_t^T q_t, and the last state.
 
     GLA (arXiv 2312.06635) eq. 3; with a decay per head RetNet (2307.08621) and Mamba-2 (2405.21060); with
     k = 1 - exp(log_decay) HGRN2 (2404.07904). The state is float32; o has the dtype of v. A single token (t = 1)
-    with the state of those before is a decoding step.
+    with the state of the previous ones is a decoding step.
 
     Args:
-      q, k: value head i uses head i // (h / g).
+      q, k: value head i uses head i // (h / n).
       log_decay: natural log of the decay, <= 0, per head or per key channel; None decays nothing.
-      initial_state: before the first token, float32; or one for each of n segments. None means zeros.
-      segment_ids: 0 is padding, whose o is 0 and which leaves the state alone; see `over_segments`.
+      initial_state: before the first token, float32; or one for each of e segments. None means zeros.
+      segment_ids: 0 is padding, whose o is 0 and which leaves the state alone; see `run_segments`.
       reverse: run from the last token to the first.
-      scale: of q; None means 1 / sqrt(k).
+      scale: factor of q; None means 1 / sqrt(k).
       implementation: "reference" runs token by token; "chunkwise" is for training, with the memory of one state
         per chunk; "pallas_tpu" and "pallas_gpu" (NVIDIA's) are kernels, whose states stay on the chip; "auto" is
         the kernel of the platform, and "chunkwise" where there is none, it lacks this case, or a mesh is in use,
@@ -51,8 +51,8 @@ def gated_linear_attention(
         jax.shard_map. For a single token, and on a CPU, "auto" is "reference" unless it is differentiated. Only
         "reference" and "chunkwise" have forward-mode and second derivatives.
       axis_name: inside `jax.shard_map`, the axis of the mesh over which t is sharded, in order: each shard then
-        runs from the state that the shards before it leave. The initial state is that before the first shard, and
-        the last state that after the last, both on all shards.
+        runs from the state that the earlier shards leave. The initial state enters the first shard and the last
+        state leaves the last, both known on all shards.
       chunk_size: tokens per step of "chunkwise": it changes speed, not results. None means 32, or 16 with a decay
         per key channel.
       interpret: for the kernels, True or parameters of one of Pallas's interpreters: run on any machine, slowly.
@@ -61,11 +61,10 @@ def gated_linear_attention(
       NotImplementedError: a state for each segment of rows that are sharded; or the implementation asked for lacks
         this case, and the message says why.
     """
-    groups = k.shape[2]
-    tokens = Tokens(per_group(q, v, "q"), per_group(k, v, "k"), per_head(v, groups),
-                    decay_per_head(log_decay, v, groups))
+    inputs = StepInputs(add_shared_axis(q, v, "q"), add_shared_axis(k, v, "k"), group_heads(v, k.shape[2]),
+                        group_decays(log_decay, v, k.shape[2]))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return matrix_recurrence(tokens, initial_state, segment_ids, implementation, scale=scale, reverse=reverse,
+    return matrix_recurrence(inputs, initial_state, segment_ids, implementation, scale=scale, reverse=reverse,
                              chunk_size=chunk_size, axis_name=axis_name, interpret=interpret)
 
 
@@ -77,23 +76,23 @@ def rwkv6_recurrence(
     log_decay: Float[Array, "b t h k"],
     bonus: Float[Array, "h k"],
     *,
-    initial_state: Float[Array, "b h k v"] | Float[Array, "b n h k v"] | None = None,
+    initial_state: Float[Array, "b h k v"] | Float[Array, "b e h k v"] | None = None,
     segment_ids: Int[Array, "b t"] | None = None,
     reverse: bool = False,
     scale: float | None = None,
     implementation: MatrixImplementation = "auto",
     axis_name: str | None = None,
     interpret: Any = False,
-) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"] | Float[Array, "b n h k v"]]:
-    """Reads o_t = scale (S_{t-1} + diag(bonus) k_t v_t^T)^T q_t; then S_t = diag(exp g_t) S_{t-1} + k_t v_t^T.
+) -> tuple[Float[Array, "b t h v"], Float[Array, "b h k v"] | Float[Array, "b e h k v"]]:
+    """Reads o_t = scale (S_{t-1} + diag(bonus) k_t v_t^T)^T q_t, then S_t = diag(exp g_t) S_{t-1} + k_t v_t^T.
 
-    RWKV-6 (arXiv 2404.05892) eq. 18. Arguments as of `gated_linear_attention`, without groups of heads.
+    RWKV-6 (arXiv 2404.05892) eq. 18. Arguments are those of `gated_linear_attention`, with keys per head.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     exact_q, exact_k, exact_v = (x.astype(jnp.float32) for x in (q, k, v))
-    tokens = jax.tree.map(lambda x: x[:, :, :, None], Tokens(q, k, exact_v, log_decay.astype(jnp.float32)))
+    inputs = jax.tree.map(lambda x: x[:, :, :, None], StepInputs(q, k, exact_v, log_decay.astype(jnp.float32)))
     o, state = matrix_recurrence(
-        tokens, initial_state, segment_ids, implementation, scale=scale, reverse=reverse, reads_before=True,
+        inputs, initial_state, segment_ids, implementation, scale=scale, reverse=reverse, reads_before=True,
         axis_name=axis_name, interpret=interpret)
     own = jnp.sum(scale * exact_q * bonus.astype(jnp.float32) * exact_k, axis=-1, keepdims=True) * exact_v
     if segment_ids is not None:

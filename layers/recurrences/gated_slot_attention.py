@@ -1,11 +1,11 @@
 """Gated slot attention: a fixed number of slots, each with a fading key and value, read by a softmax.
 
-  K_t = K_{t-1} diag(exp g_t) + k_t s_t^T          [k, m]
-  V_t = diag(exp g_t) V_{t-1} + s_t v_t^T          [m, v]
+  K_t = K_{t-1} diag(exp g_t) + k_t s_t^T          [k, slots]
+  V_t = diag(exp g_t) V_{t-1} + s_t v_t^T          [slots, v]
   o_t = V_t^T softmax(scale K_t^T q_t)
 
-Two passes of gated linear attention. V decays by key channel, and its keys are s. K decays by value channel: seen
-slot by slot it has a decay per head, and values of width 1.
+It is two passes of gated linear attention. V decays by key channel, and its keys are s. K decays by value channel:
+slot by slot, it has a decay per head and values of width 1.
 """
 from typing import NamedTuple
 
@@ -19,19 +19,19 @@ from layers.recurrences.matrix import MatrixImplementation
 
 
 class SlotState(NamedTuple):
-    """What the slots hold; a further axis n after b holds one for each segment."""
+    """Contents of the slots; a further axis e after b holds one for each segment."""
 
-    keys: jax.Array    # [b, h, k, m] float32
-    values: jax.Array  # [b, h, m, v] float32
+    keys: jax.Array    # [b, h, k, slots] float32
+    values: jax.Array  # [b, h, slots, v] float32
 
 
 @typed
 def gated_slot_attention(
-    q: Float[Array, "b t g k"],
-    k: Float[Array, "b t g k"],
+    q: Float[Array, "b t n k"],
+    k: Float[Array, "b t n k"],
     v: Float[Array, "b t h v"],
-    s: Float[Array, "b t h m"],
-    log_decay: Float[Array, "b t h m"],
+    s: Float[Array, "b t h slots"],
+    log_decay: Float[Array, "b t h slots"],
     *,
     initial_state: SlotState | None = None,
     segment_ids: Int[Array, "b t"] | None = None,
@@ -43,10 +43,10 @@ def gated_slot_attention(
     GSA (arXiv 2409.07146) eq. 8 and 9.
 
     Args:
-      s: how much of a token each of the m slots takes up; the paper's is 1 - exp(log_decay).
-      log_decay: natural log of what each slot keeps, <= 0.
-      initial_state: before the first token, or one for each of n segments. None means empty slots.
-      q, k, segment_ids, scale, implementation: as of `gated_linear_attention`; the scale is inside the softmax.
+      s: share of a token that each slot takes up; 1 - exp(log_decay) in the paper.
+      log_decay: natural log of the share that each slot keeps, <= 0.
+      initial_state: before the first token, or one for each of e segments. None means empty slots.
+      q, k, segment_ids, scale, implementation: see `gated_linear_attention`; the scale is inside the softmax.
     """
     num_slots = s.shape[3]
     keys = values = None

@@ -1,4 +1,4 @@
-"""HGRN: a vector state whose input gate is what its forget gate leaves."""
+"""HGRN: a vector state whose input gate is one minus its forget gate."""
 import jax
 import jax.numpy as jnp
 
@@ -11,13 +11,13 @@ def hgrn(
     i: Float[Array, "b t d"],
     log_decay: Float[Array, "b t d"],
     *,
-    initial_state: Float[Array, "b d"] | Float[Array, "b n d"] | None = None,
+    initial_state: Float[Array, "b d"] | Float[Array, "b e d"] | None = None,
     segment_ids: Int[Array, "b t"] | None = None,
     implementation: DiagonalImplementation = "auto",
-) -> tuple[Float[Array, "b t d"], Float[Array, "b d"] | Float[Array, "b n d"]]:
+) -> tuple[Float[Array, "b t d"], Float[Array, "b d"] | Float[Array, "b e d"]]:
     """Runs h_t = f_t h_{t-1} + (1 - f_t) silu(i_t) with f = exp(log_decay); returns every h_t, and the last.
 
-    HGRN (arXiv 2311.04823) eq. 1 to 4 with real f. Arguments as of `diagonal_recurrence`.
+    HGRN (arXiv 2311.04823) eq. 1 to 4 with real f. Arguments are those of `diagonal_recurrence`.
     """
     exact_decay = log_decay.astype(jnp.float32)
     # expm1: where f rounds to 1, nothing would ever enter.

@@ -1,4 +1,4 @@
-"""Logs of decays, as all recurrences take them: natural, and at most 0."""
+"""Logs of decays, natural and at most 0, which all recurrences take."""
 import jax
 import jax.numpy as jnp
 

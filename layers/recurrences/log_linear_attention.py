@@ -3,12 +3,12 @@
   o_i = sum_{j <= i} scale_i[level(i, j)] exp(g_{j+1} + ... + g_i) (q_i . k_j) v_j
 
 level(i, j) is the number of bits up to the highest in which the positions i and j differ: 0 for the token itself,
-and l > 0 where j is in the first half and i in the second half of one aligned block of 2^l tokens. So the past of
+and l > 0 where j is in the first half and i in the second half of one aligned block of 2^l tokens. The past of
 each token falls into blocks that grow with their distance, those of a Fenwick tree (arXiv 2506.04761, section 3).
 
-The fast form climbs this ladder. Levels within a chunk are one masked product. Above, all that a first half has
-written is one state, decayed to the middle of its block; each token of the second half reads it, decayed from the
-middle to the token; and the states of both halves make that of the block. Each exponent is a sum of log decays of
+The fast form climbs this ladder. Levels within a chunk are one masked product. Above, the whole of a first half is
+one state, decayed to the middle of its block; each token of the second half reads it, decayed from the
+middle to the token; the states of both halves make that of the block. Each exponent is a sum of log decays of
 tokens in a row, never a difference.
 """
 from functools import partial
@@ -30,11 +30,11 @@ CHUNK_SIZE = 32       # tokens, a power of 2
 
 @typed
 def log_linear_attention(
-    q: Float[Array, "b t g k"],
-    k: Float[Array, "b t g k"],
+    q: Float[Array, "b t n k"],
+    k: Float[Array, "b t n k"],
     v: Float[Array, "b t h v"],
     log_decay: Float[Array, "b t h"],
-    level_scales: Float[Array, "b t h l"],
+    level_scales: Float[Array, "b t h levels"],
     *,
     segment_ids: Int[Array, "b t"] | None = None,
     implementation: LogLinearImplementation = "auto",
@@ -42,7 +42,7 @@ def log_linear_attention(
     """Returns every o_t, in the dtype of v; sums are float32.
 
     Args:
-      q, k: value head i uses head i // (h / g).
+      q, k: value head i uses head i // (h / n).
       log_decay: natural log of the decay, <= 0.
       level_scales: weights of the levels, from the token itself outwards; t tokens have ceil(log2 t) + 1 of them.
       segment_ids: 0 is padding, whose o is 0. Levels count from the start of each segment.
@@ -81,7 +81,7 @@ def num_levels_of(length: int) -> int:
 
 
 def all_pairs(q, k, v, log_decay, level_scales, position) -> jax.Array:
-    """The sum as it is written, over [b, h, i, j]."""
+    """Computes the sum as it is written, over [b, h, i, j]."""
     q, k = (jnp.repeat(x, v.shape[2] // x.shape[2], axis=2) for x in (q, k))
     level = _bit_length(position[:, :, None] ^ position[:, None])  # [b, i, j]
     # Between segments a level may be one that no token has; the decay there is 0.
@@ -93,17 +93,17 @@ def all_pairs(q, k, v, log_decay, level_scales, position) -> jax.Array:
 
 
 def ladder(q, k, v, log_decay, level_scales) -> jax.Array:
-    """The sum by chunks, and then by states of blocks of doubled size."""
-    length, groups = v.shape[1], q.shape[2]
+    """Computes the sum by chunks, and then by states of blocks of doubled size."""
+    length, num_key_heads = v.shape[1], q.shape[2]
     size = min(CHUNK_SIZE, 1 << (length - 1).bit_length())
     num_chunks = 1 << (-(-length // size) - 1).bit_length()
 
-    def heads_first(x):  # [b, t, h, ...] -> [b, g, r, t, ...]; zeros are inert
+    def heads_first(x):  # [b, t, h, ...] -> [b, n, r, t, ...]; zeros are inert
         x = jnp.pad(x, ((0, 0), (0, num_chunks * size - length), *((0, 0),) * (x.ndim - 2)))
-        return rearrange(x, "b t (g r) ... -> b g r t ...", g=groups)
+        return rearrange(x, "b t (n r) ... -> b n r t ...", n=num_key_heads)
 
     q, k, v, log_decay, level_scales = (heads_first(x) for x in (q, k, v, log_decay, level_scales))
-    q, k = q[:, :, 0], k[:, :, 0]  # [b, g, t, k]
+    q, k = q[:, :, 0], k[:, :, 0]  # [b, n, t, k]
     num_local = num_levels_of(size)
     o, state, from_start = jax.checkpoint(partial(_within_chunks, size), prevent_cse=False)(
         q, k, v, log_decay, level_scales[..., :num_local])
@@ -111,7 +111,7 @@ def ladder(q, k, v, log_decay, level_scales) -> jax.Array:
         read, state, from_start = jax.checkpoint(_from_first_halves, prevent_cse=False)(
             q, level_scales[..., level], state, from_start)
         o = o + read
-    return rearrange(o, "b g r t v -> b t (g r) v")[:, :length]
+    return rearrange(o, "b n r t v -> b t (n r) v")[:, :length]
 
 
 def _within_chunks(size, q, k, v, log_decay, level_scales):
@@ -122,52 +122,52 @@ def _within_chunks(size, q, k, v, log_decay, level_scales):
     q, k, v, log_decay, level_scales = (
         chunks(x, axis) for x, axis in ((q, 2), (k, 2), (v, 3), (log_decay, 3), (level_scales, 3)))
     is_level = jax.nn.one_hot(_bit_length(np.arange(size)[:, None] ^ np.arange(size)), level_scales.shape[-1])
-    decay = _decays(log_decay)  # [b, g, r, n, i, j]
-    scale = exact_einsum("bgrnil,ijl->bgrnij", level_scales, is_level)
-    pairs = exact_einsum("bgnik,bgnjk->bgnij", q, k)[:, :, None]
-    o = exact_einsum("bgrnij,bgrnjv->bgrniv", scale * decay * pairs, v)
-    state = exact_einsum("bgnjk,bgrnjv->bgrnkv", k, decay[..., -1, :, None] * v)
+    decay = _decays(log_decay)  # [b, n, r, c, i, j]
+    scale = exact_einsum("bnrcil,ijl->bnrcij", level_scales, is_level)
+    pairs = exact_einsum("bncik,bncjk->bncij", q, k)[:, :, None]
+    o = exact_einsum("bnrcij,bnrcjv->bnrciv", scale * decay * pairs, v)
+    state = exact_einsum("bncjk,bnrcjv->bnrckv", k, decay[..., -1, :, None] * v)
     from_start = jnp.cumsum(log_decay, axis=-1)
     return o.reshape(*o.shape[:3], -1, o.shape[-1]), state, from_start.reshape(*from_start.shape[:3], -1)
 
 
 def _from_first_halves(q, scale, state, from_start):
-    """What second halves of pairs of blocks read from the first; and the states and sums of the pairs.
+    """Reads the first halves of pairs of blocks from the second; returns o, and the states and sums of the pairs.
 
     Args:
-      scale: [b, g, r, t], of this level.
-      state: [b, g, r, n, k, v], of each block.
-      from_start: [b, g, r, t], sums of log decays from the start of each token's block to the token.
+      scale: [b, n, r, t], weights of this level.
+      state: [b, n, r, c, k, v], of each block c.
+      from_start: [b, n, r, t], sums of log decays from the start of each token's block to the token.
     """
     size = from_start.shape[3] // state.shape[3]
 
     halves = partial(rearrange, two=2, i=size)
-    late_q = halves(q, "b g (n two i) k -> two b g n i k")[1]
-    late_scale = halves(scale, "b g r (n two i) -> two b g r n i")[1]
-    early_sum, late_sum = halves(from_start, "b g r (n two i) -> two b g r n i")
-    early_state, late_state = rearrange(state, "b g r (n two) k v -> two b g r n k v", two=2)
+    late_q = halves(q, "b n (c two i) k -> two b n c i k")[1]
+    late_scale = halves(scale, "b n r (c two i) -> two b n r c i")[1]
+    early_sum, late_sum = halves(from_start, "b n r (c two i) -> two b n r c i")
+    early_state, late_state = rearrange(state, "b n r (c two) k v -> two b n r c k v", two=2)
 
     weight = late_scale * jnp.exp(late_sum)
-    read = weight[..., None] * exact_einsum("bgnik,bgrnkv->bgrniv", late_q, early_state)
-    read = rearrange(jnp.stack([jnp.zeros_like(read), read]), "two b g r n i v -> b g r (n two i) v")
+    read = weight[..., None] * exact_einsum("bncik,bnrckv->bnrciv", late_q, early_state)
+    read = rearrange(jnp.stack([jnp.zeros_like(read), read]), "two b n r c i v -> b n r (c two i) v")
     state = jnp.exp(late_sum[..., -1, None, None]) * early_state + late_state
     from_start = jnp.stack([early_sum, early_sum[..., -1:] + late_sum])
-    return read, state, rearrange(from_start, "two b g r n i -> b g r (n two i)")
+    return read, state, rearrange(from_start, "two b n r c i -> b n r (c two i)")
 
 
 def _decays(log_decay: jax.Array) -> jax.Array:
-    """[..., t] -> [..., i, j], what is left at token i of what token j wrote: 0 for j > i."""
+    """Returns [..., i, j], the share of token j that is left at token i, from [..., t]; 0 for j > i."""
     length = log_decay.shape[-1]
     after = jnp.tril(jnp.ones((length, length), bool), -1)  # [l, j]
-    between = jnp.cumsum(jnp.where(after, log_decay[..., None], 0), axis=-2)  # over j < l <= i, each for itself
-    # Masked before the exponential: what it would be of other pairs is no decay.
+    between = jnp.cumsum(jnp.where(after, log_decay[..., None], 0), axis=-2)  # over j < l <= i, each by itself
+    # Masked before the exponential, which would overflow for other pairs.
     return jnp.exp(jnp.where(jnp.tril(jnp.ones_like(after)), between, NOTHING_LEFT))
 
 
 def _aligned_places(segment_ids: jax.Array) -> jax.Array:
-    """[b, t], where to put each token in a row of 2 t, for all segments to begin at multiples of powers of 2.
+    """Places each token, [b, t], in a row of 2 t so that all segments begin at multiples of powers of 2.
 
-    A segment takes the next power of 2 from its length, and the largest come first: so each begins at a multiple
+    A segment takes the next power of 2 of its length, and the largest come first: each thus begins at a multiple
     of its own, and places differ in the same bits as positions in the segment. Padding has no place.
     """
     length = segment_ids.shape[1]
@@ -183,5 +183,5 @@ def _aligned_places(segment_ids: jax.Array) -> jax.Array:
 
 
 def _bit_length(x: jax.Array) -> jax.Array:
-    """How many bits the binary number x >= 0 has; 0 for 0."""
+    """Counts the bits of the binary number x >= 0; 0 for 0."""
     return 32 - jax.lax.clz(jnp.asarray(x, jnp.int32))

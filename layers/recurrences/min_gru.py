@@ -1,5 +1,4 @@
-"""minGRU: a GRU whose gates look at the input alone, so that its state is a diagonal recurrence."""
-
+"""minGRU: a GRU whose gates read the input alone, so that its state is a diagonal recurrence."""
 import jax
 import jax.numpy as jnp
 
@@ -12,14 +11,14 @@ def min_gru(
     hidden: Float[Array, "b t d"],
     gate: Float[Array, "b t d"],
     *,
-    initial_state: Float[Array, "b d"] | Float[Array, "b n d"] | None = None,
+    initial_state: Float[Array, "b d"] | Float[Array, "b e d"] | None = None,
     segment_ids: Int[Array, "b t"] | None = None,
     implementation: DiagonalImplementation = "auto",
-) -> tuple[Float[Array, "b t d"], Float[Array, "b d"] | Float[Array, "b n d"]]:
+) -> tuple[Float[Array, "b t d"], Float[Array, "b d"] | Float[Array, "b e d"]]:
     """Runs h_t = (1 - z_t) h_{t-1} + z_t g(hidden_t) with z_t = sigmoid(gate_t); returns every h_t, and the last.
 
-    Were RNNs all we needed? (arXiv 2410.01201) appendix B: g(x) = x + 1/2 from 0 on and sigmoid(x) below. It is
-    positive, and so is every state. Arguments as of `diagonal_recurrence`.
+    Were RNNs all we needed? (arXiv 2410.01201) appendix B: g(x) = x + 1/2 for x >= 0 and sigmoid(x) below. It is
+    positive, and so is every state. Arguments are those of `diagonal_recurrence`.
     """
     exact_hidden, exact_gate = hidden.astype(jnp.float32), gate.astype(jnp.float32)
     candidate = jnp.where(exact_hidden >= 0, exact_hidden + 0.5, jax.nn.sigmoid(exact_hidden))

@@ -13,10 +13,10 @@ LARGEST_SQRT_SLOPE = 1000.0
 
 
 class RGLRUState(NamedTuple):
-    """What an RG-LRU carries from one token to the next."""
+    """State of an RG-LRU between two tokens."""
 
-    h: jax.Array          # [b, d] float32; of a complex state all real parts, then all imaginary ones
-    has_begun: jax.Array  # [b] bool: False before the first token of a document, whose input enters in full
+    h: jax.Array          # [b, d] float32; a complex state has all real parts, then all imaginary ones
+    has_begun: jax.Array  # [b] bool: False before the first token of a document, which enters in full
 
     @classmethod
     def empty(cls, batch: int, width: int) -> "RGLRUState":
@@ -27,11 +27,11 @@ class RGLRUState(NamedTuple):
 @typed
 def rg_lru(
     x: Float[Array, "b t d"],
-    input_gate: Float[Array, "b t c"],
-    recurrence_gate: Float[Array, "b t c"],
-    a_param: Float[Array, "c"],
+    input_gate: Float[Array, "b t gate"],
+    recurrence_gate: Float[Array, "b t gate"],
+    a_param: Float[Array, "gate"],
     *,
-    a_imag_param: Float[Array, "c"] | None = None,
+    a_imag_param: Float[Array, "gate"] | None = None,
     initial_state: RGLRUState | None = None,
     segment_ids: Int[Array, "b t"] | None = None,
     implementation: DiagonalImplementation = "auto",
@@ -39,16 +39,16 @@ def rg_lru(
     """Runs h_t = a_t h_{t-1} + sqrt(1 - |a_t|^2) sigmoid(input_gate_t) x_t; returns every h_t, and the last state.
 
     Griffin (arXiv 2402.19427) eq. 1 to 4: log a_t = -8 sigmoid(recurrence_gate_t) softplus(a_param). The first
-    token of a segment enters with a factor of 1 in place of the square root: there is nothing it could replace.
+    token of a segment enters with a factor of 1 in place of the square root, as it replaces nothing.
     With a_imag_param (appendix B) the state is complex, and the phase of a_t is a_imag_param times its gate; x and
     every h_t hold all real parts and then all imaginary ones, and so are twice as wide as the gates.
 
     Args:
-      input_gate, recurrence_gate: before the sigmoid.
+      input_gate, recurrence_gate: logits, before the sigmoid.
       initial_state: None means that the first token of each row begins a segment.
       segment_ids: 0 is padding, whose h is 0 and which leaves the state alone. The last state is that of the
         last segment.
-      implementation: as of `diagonal_recurrence`.
+      implementation: see `diagonal_recurrence`.
     Raises:
       ValueError: the gates are not as wide as the state.
     """
@@ -67,7 +67,7 @@ def rg_lru(
     h = jnp.where(initial_state.has_begun[:, None], initial_state.h, 0)
 
     openness = jax.nn.sigmoid(recurrence_gate.astype(jnp.float32))
-    log_a = -DECAY_SHARPNESS * openness * jax.nn.softplus(a_param.astype(jnp.float32))  # [b, t, c]
+    log_a = -DECAY_SHARPNESS * openness * jax.nn.softplus(a_param.astype(jnp.float32))  # [b, t, gate]
     # expm1: where a rounds to 1, 1 - a^2 would be 0.
     scale = jnp.where(starts[..., None], 1, sqrt_of_bounded_slope(-jnp.expm1(2 * log_a)))
     scale = scale * jax.nn.sigmoid(input_gate.astype(jnp.float32))
@@ -87,7 +87,7 @@ def rg_lru(
 
 @jax.custom_jvp
 def sqrt_of_bounded_slope(x: jax.Array) -> jax.Array:
-    """The square root, with a slope of at most 1000: where a channel keeps all, that of 1 - a^2 is infinite."""
+    """Takes the square root with a slope of at most 1000; that of sqrt(1 - a^2) is infinite where a = 1."""
     return jnp.sqrt(x)
 
 

@@ -1,42 +1,42 @@
-"""A maximum that fades: m_t = max(m_{t-1} + f_t, x_t), by which exponential gates are kept in range."""
+"""A maximum that fades, m_t = max(m_{t-1} + f_t, x_t), which keeps exponential gates in range."""
 import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Float, Int, typed
 from layers.recurrences.log_decay import NOTHING_LEFT
-from layers.recurrences.segment_states import FIRST, PADDING, over_segments
+from layers.recurrences.segment_states import FIRST, PADDING, run_segments
 
 
 @typed
 def fading_max_before(
     x: Float[Array, "b t h"],
     f: Float[Array, "b t h"],
-    initial_max: Float[Array, "b h"] | Float[Array, "b n h"],
+    initial_max: Float[Array, "b h"] | Float[Array, "b e h"],
     *,
     segment_ids: Int[Array, "b t"] | None = None,
-) -> tuple[Float[Array, "b t h"], Float[Array, "b h"] | Float[Array, "b n h"]]:
-    """Returns every m_{t-1}, and the last m; float32.
+) -> tuple[Float[Array, "b t h"], Float[Array, "b h"] | Float[Array, "b e h"]]:
+    """Returns every m_{t-1} and the last m, in float32.
 
     Args:
-      f: <= 0, by how much the maximum falls.
-      initial_max: before the first token, or one for each of n segments; further segments of a row begin with 0.
-      segment_ids: 0 is padding, which leaves the maximum alone; see `over_segments`.
+      f: <= 0, the change of the maximum before each token.
+      initial_max: before the first token, or one for each of e segments; further segments of a row begin with 0.
+      segment_ids: 0 is padding, which leaves the maximum alone; see `run_segments`.
     """
-    def run(tokens, initial, marks):
-        x, f = tokens
+    def run(prepared, initial):
+        (x, f), marks = prepared
         if marks is not None:
             is_real, begins = (marks != PADDING)[..., None], (marks == FIRST)[..., None]
             x, f = jnp.where(is_real, x, NOTHING_LEFT), jnp.where(is_real, f, 0)
-            # From 0: what was before falls without end.
+            # A first token continues from 0: the previous maximum falls without end.
             x, f = jnp.where(begins, jnp.maximum(x, f), x), jnp.where(begins, NOTHING_LEFT, f)
         # A scan is fastest on a CPU and slowest elsewhere.
         m = jax.lax.platform_dependent(x, f, initial, cpu=_sequential, default=_associative)
         before = jnp.concatenate([initial[:, None], m[:, :-1]], axis=1)
         return before if marks is None else jnp.where(is_real & ~begins, before, 0), m[:, -1]
 
-    tokens = (x.astype(jnp.float32), f.astype(jnp.float32))
-    return over_segments(run, tokens, initial_max.astype(jnp.float32), segment_ids,
-                         has_one_each=initial_max.ndim == 3, reverse=False)
+    inputs = (x.astype(jnp.float32), f.astype(jnp.float32))
+    return run_segments(run, inputs, initial_max.astype(jnp.float32), segment_ids,
+                        has_state_per_segment=initial_max.ndim == 3, reverse=False)
 
 
 def _sequential(x: jax.Array, f: jax.Array, initial: jax.Array) -> jax.Array:

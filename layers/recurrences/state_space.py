@@ -1,4 +1,4 @@
-"""From the diagonal state space h' = lambda h + u to steps h_t = a h_{t-1} + gain u_t, and where lambda starts."""
+"""Diagonal state spaces h' = lambda h + u: discretised to h_t = a h_{t-1} + gain u_t, and HiPPO's lambda."""
 from typing import Literal
 
 import jax
@@ -26,15 +26,15 @@ def discretize(
 
 
 def _complex_expm1(z: jax.Array) -> jax.Array:
-    """exp(z) - 1, whose parts keep their digits for small z."""
+    """Returns exp(z) - 1, whose parts keep their digits for small z."""
     x, y = jnp.real(z), jnp.imag(z)
     return jax.lax.complex(jnp.expm1(x) * jnp.cos(y) - 2 * jnp.sin(y / 2) ** 2, jnp.exp(x) * jnp.sin(y))
 
 
 def hippo_legs(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Eigenvalues [n] and eigenvectors, the columns of [n, n], of the normal part of the HiPPO-LegS matrix.
+    """Returns eigenvalues [size] and eigenvectors [size, size], in columns, of the normal part of HiPPO-LegS.
 
-    S4D (arXiv 2206.11893) section 2.3; complex128. They come in conjugate pairs, by rising imaginary part.
+    S4D (arXiv 2206.11893) section 2.3; complex128. They come in conjugate pairs, sorted by imaginary part.
     """
     index = np.arange(size)
     root = np.sqrt(2 * index + 1.0)

@@ -1,4 +1,4 @@
-"""TTT-linear: a linear map as the state, trained as the sequence goes by to turn keys into values.
+"""TTT-linear: a linear map as the state, trained along the sequence to turn keys into values.
 
   l(W, b; k, v) = |LN(k W + b) - (v - k)|^2 / 2
   W_i = W - eta_i sum_{j <= i} k_j^T g_j,     b_i = b - eta_i sum_{j <= i} g_j
@@ -6,7 +6,7 @@
 
 The sums are over the tokens j of the mini-batch of i, g_j is dl / d(k_j W + b) with the W and b that it started
 from, and LN has a learned scale and bias. The next mini-batch starts from W_i and b_i of the last token of this
-one. So all gradients of a mini-batch are taken at once, and what its tokens read is a masked product.
+one. All gradients of a mini-batch are thus taken at once, and its tokens read by a masked product.
 """
 from functools import partial
 from typing import Literal, NamedTuple
@@ -16,14 +16,14 @@ import jax.numpy as jnp
 
 from layers.array_types import Array, Float, Int, typed
 from layers.arrays.exact import exact_einsum
-from layers.recurrences.segment_states import FIRST, PADDING, REAL, over_segments
+from layers.recurrences.segment_states import FIRST, PADDING, REAL, run_segments
 
 TTTImplementation = Literal["auto", "reference", "chunkwise"]
 EPSILON = 1e-6  # added to the variance
 
 
 class TTTState(NamedTuple):
-    """Where the inner training is; float32."""
+    """State of the inner training; float32."""
 
     w: jax.Array           # [b, h, k, k], at the start of the mini-batch
     b: jax.Array           # [b, h, k]
@@ -33,7 +33,7 @@ class TTTState(NamedTuple):
 
     @classmethod
     def start(cls, w: jax.Array, b: jax.Array) -> "TTTState":
-        """At the start of a mini-batch."""
+        """Returns the state at the start of a mini-batch."""
         return cls(w, b, jnp.zeros_like(w), jnp.zeros_like(b), jnp.zeros(w.shape[0], jnp.int32))
 
 
@@ -58,14 +58,14 @@ def ttt_linear(
 
     Args:
       eta: learning rate of each token, for itself and those before it in its mini-batch.
-      norm_scale, norm_bias: of LN, one per head.
+      norm_scale, norm_bias: those of LN, one per head.
       initial_state: before the first token, anywhere in a mini-batch. None means zeros, and so does the start of a
         segment.
       segment_ids: 0 is padding, whose o is 0 and which leaves the state alone. Mini-batches count from the start
         of each segment; the last state is that of the last segment.
-      scale: of q; None means 1 / sqrt(k).
-      implementation: "reference" goes token by token; "chunkwise" by mini-batches; "auto" is "chunkwise" for more
-        than one token without segment_ids, else "reference".
+      scale: factor of q; None means 1 / sqrt(k).
+      implementation: "reference" runs token by token; "chunkwise" by mini-batches; "auto" is "chunkwise" for more
+        than one token without segment_ids, and otherwise "reference".
     Raises:
       NotImplementedError: "chunkwise" with segment_ids.
     """
@@ -76,60 +76,62 @@ def ttt_linear(
         initial_state = TTTState.start(zeros((batch, num_heads, width, width)), zeros((batch, num_heads, width)))
     if implementation == "auto":
         implementation = "chunkwise" if segment_ids is None and v.shape[1] > 1 else "reference"
-    tokens = tuple(x.astype(jnp.float32) for x in (scale * q, k, v, eta))
+    inputs = tuple(x.astype(jnp.float32) for x in (scale * q, k, v, eta))
     norm = partial(_layer_norm, scale=norm_scale.astype(jnp.float32), bias=norm_bias.astype(jnp.float32))
     if implementation == "chunkwise":
         if segment_ids is not None:
             raise NotImplementedError(
-                "segments whose mini-batches begin anywhere in a row: use implementation='reference'")
-        z, last = by_mini_batches(tokens, initial_state, norm, mini_batch_size)
+                '"chunkwise" cannot take segment_ids, as mini-batches begin with segments; use "reference"')
+        z, last = by_mini_batches(inputs, initial_state, norm, mini_batch_size)
     else:
         run = partial(_by_tokens, norm=norm, mini_batch_size=mini_batch_size)
-        z, last = over_segments(run, tokens, initial_state, segment_ids, has_one_each=False, reverse=False)
+        z, last = run_segments(run, inputs, initial_state, segment_ids, has_state_per_segment=False, reverse=False)
     o = z + norm(z)
     if segment_ids is not None:
         o = jnp.where((segment_ids != 0)[..., None, None], o, 0)
     return o.astype(v.dtype), last
 
 
-def _by_tokens(tokens, state: TTTState, marks, *, norm, mini_batch_size: int):
-    """As the equations say. Returns z [b, t, h, k] and the state; see `over_segments` for the arguments."""
+def _by_tokens(prepared, state: TTTState, *, norm, mini_batch_size: int):
+    """Steps through the equations; returns z [b, t, h, k] and the state. See `run_segments` for the arguments."""
+    inputs, marks = prepared
+
     def step(state, token):
         q, k, v, eta, mark = token
         state = _where(mark == FIRST, jax.tree.map(jnp.zeros_like, state), state)
         gradient = _inner_gradient(norm, exact_einsum("bhk,bhkv->bhv", k, state.w) + state.b, v - k)
         w_grad = state.w_grad + k[..., None] * gradient[..., None, :]
         b_grad = state.b_grad + gradient
-        taken = _step_taken(state, w_grad, b_grad, eta)
+        taken = _take_step(state, w_grad, b_grad, eta)
         partly = TTTState(state.w, state.b, w_grad, b_grad, state.num_tokens + 1)
         after = _where(partly.num_tokens == mini_batch_size, taken, partly)
         return _where(mark != PADDING, after, state), exact_einsum("bhk,bhkv->bhv", q, taken.w) + taken.b
 
-    marks = jnp.full(tokens[0].shape[:2], REAL) if marks is None else marks
-    state, z = jax.lax.scan(step, state, jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (*tokens, marks)))
+    marks = jnp.full(inputs[0].shape[:2], REAL) if marks is None else marks
+    state, z = jax.lax.scan(step, state, jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), (*inputs, marks)))
     return jnp.swapaxes(z, 0, 1), state
 
 
-def by_mini_batches(tokens, state: TTTState, norm, size: int):
-    """A scan over mini-batches, the first of which `state` may be in the middle of."""
-    length = tokens[0].shape[1]
-    # Room for a full mini-batch more, for no row to lose tokens by where in a mini-batch it begins.
+def by_mini_batches(inputs, state: TTTState, norm, size: int):
+    """Scans over mini-batches; `state` may be in the middle of the first."""
+    length = inputs[0].shape[1]
+    # One more full mini-batch, so that no row loses tokens however far into a mini-batch it begins.
     num_batches = -(-length // size) + 1
     place = state.num_tokens[:, None] + jnp.arange(length)  # [b, t]
     rows = jnp.arange(place.shape[0])[:, None]
 
-    def batches(x):  # [b, t, ...] -> [n, b, i, ...]
+    def split(x):  # [b, t, ...] -> [mini-batches, b, i, ...]
         moved = jnp.zeros((x.shape[0], num_batches * size, *x.shape[2:]), x.dtype).at[rows, place].set(x)
         return jnp.swapaxes(moved.reshape(x.shape[0], num_batches, size, *x.shape[2:]), 0, 1)
 
     body = jax.checkpoint(partial(_one_mini_batch, norm), prevent_cse=False)
-    state, z = jax.lax.scan(body, state, tuple(batches(x) for x in (*tokens, jnp.ones(place.shape, bool))))
+    state, z = jax.lax.scan(body, state, tuple(split(x) for x in (*inputs, jnp.ones(place.shape, bool))))
     z = jnp.swapaxes(z, 0, 1)
     return z.reshape(z.shape[0], -1, *z.shape[3:])[rows, place], state
 
 
 def _one_mini_batch(norm, state: TTTState, batch):
-    """i reads, j was learned from; tokens that are not there leave no gradient."""
+    """Runs one mini-batch, whose tokens i read and tokens j are learned from; missing tokens leave no gradient."""
     q, k, v, eta, is_real = batch  # [b, i, h, k], and eta [b, i, h], is_real [b, i]
     gradient = _inner_gradient(norm, exact_einsum("bihk,bhkv->bihv", k, state.w) + state.b[:, None], v - k)
     gradient = jnp.where(is_real[..., None, None], gradient, 0)
@@ -142,17 +144,17 @@ def _one_mini_batch(norm, state: TTTState, batch):
     w_grad = state.w_grad + exact_einsum("bjhk,bjhv->bhkv", k, gradient)
     b_grad = state.b_grad + jnp.sum(gradient, axis=1)
     num_tokens = state.num_tokens + jnp.sum(is_real, axis=1, dtype=jnp.int32)
-    full = _step_taken(state, w_grad, b_grad, eta[:, -1])
+    full = _take_step(state, w_grad, b_grad, eta[:, -1])
     return _where(is_real[:, -1], full, TTTState(state.w, state.b, w_grad, b_grad, num_tokens)), z
 
 
-def _step_taken(state: TTTState, w_grad, b_grad, eta) -> TTTState:
-    """The next mini-batch, from where gradient descent of rate eta [b, h] has come to."""
+def _take_step(state: TTTState, w_grad, b_grad, eta) -> TTTState:
+    """Takes the step of gradient descent with rate eta [b, h], and starts the next mini-batch."""
     return TTTState.start(state.w - eta[..., None, None] * w_grad, state.b - eta[..., None] * b_grad)
 
 
 def _inner_gradient(norm, z: jax.Array, target: jax.Array) -> jax.Array:
-    """Of |norm(z) - target|^2 / 2 by z."""
+    """Returns the gradient of |norm(z) - target|^2 / 2 by z."""
     normalized, pull_back = jax.vjp(norm, z)
     return pull_back(normalized - target)[0]
 

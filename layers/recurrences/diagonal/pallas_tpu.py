@@ -1,9 +1,9 @@
 """The diagonal recurrence for TPU: blocks of tokens in order, and the state between them in vector memory.
 
-Inside a block, eight tokens at a time are the rows of registers. Three steps of doubling give what each of them
-makes of the states before, a product of decays and a sum; the state that enters is then added to all eight.
-Tokens past the end of the arrays are marked as padding, whatever lies there. A recurrence in reverse takes blocks,
-and rows in them, from the last to the first.
+Inside a block, eight tokens at a time are the rows of registers. Three steps of doubling give for each of them a
+product of decays and a sum over the tokens before it; the state that enters is then added to all eight. Tokens
+past the end of the arrays are marked as padding, whatever lies there. A recurrence in reverse takes blocks, and
+rows in them, from the last to the first.
 """
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,16 +15,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from layers.recurrences.diagonal.parts import (
+    DiagonalCall,
     Parts,
-    Settings,
-    added,
+    add,
     conjugate,
     decay,
     gradients,
-    plus,
-    times,
+    multiply,
+    real_inputs,
+    to_float32,
     where,
-    wide,
 )
 from layers.recurrences.segment_states import PADDING, REAL
 
@@ -34,8 +34,8 @@ TILE = 2 * SUBLANES     # rows of bfloat16 in one: tokens of a step of the loop
 BLOCK_TOKENS, BLOCK_CHANNELS = 512, 512  # 1 MiB of float32; a gradient has five, twice, of 16 in vector memory
 
 
-def unsupported(settings: Settings, x: Parts, gate: Parts) -> str | None:
-    """Why the kernel cannot run such a call; None if it can."""
+def unsupported(call: DiagonalCall, x: Parts, gate: Parts) -> str | None:
+    """Returns why the kernel cannot run such a call; None if it can."""
     for name, array in (("x", x[0]), ("the gate", gate[0])):
         if array.dtype not in (jnp.float32, jnp.bfloat16):
             return f"{name} is {array.dtype.name}; float32, bfloat16 and complex64 fit"
@@ -43,32 +43,32 @@ def unsupported(settings: Settings, x: Parts, gate: Parts) -> str | None:
 
 
 def forward(
-    settings: Settings, x: Parts, gate: Parts, state: Parts, marks: jax.Array | None
+    call: DiagonalCall, x: Parts, gate: Parts, state: Parts, marks: jax.Array | None
 ) -> tuple[Parts, Parts]:
-    """Every h_t in the dtype of x, also at padding, where it is the state; and the last one, float32."""
-    blocks = _Blocks.of(x, backwards=settings.reverse)
-    tokens, row = blocks.tokens(), blocks.row()
+    """Returns every h_t in the dtype of x, at padding too, where it is the state; and the last one, float32."""
+    grid = _Grid.from_parts(x, backwards=call.reverse)
+    tokens, row = grid.token_spec(), grid.row_spec()
     return _launch(
-        _forward_kernel, settings, blocks,
-        inputs=dict(x=(x, tokens), gate=(gate, tokens), state=(state, row), marks=blocks.marked(marks)),
+        _forward_kernel, call, grid,
+        inputs=dict(x=(x, tokens), gate=(gate, tokens), state=(state, row), marks=grid.pad_marks(marks)),
         outputs=((x, tokens), (state, row)))
 
 
 def backward(
-    settings: Settings, h: Parts, gate: Parts, state: Parts, marks: jax.Array | None, dh: Parts, d_last: Parts
+    call: DiagonalCall, h: Parts, gate: Parts, state: Parts, marks: jax.Array | None, dh: Parts, d_last: Parts
 ) -> tuple[Parts, Parts, Parts]:
-    """The gradients of x, the gate and the state."""
-    blocks = _Blocks.of(h, backwards=not settings.reverse)
-    tokens, row = blocks.tokens(), blocks.row()
+    """Returns the gradients of x, the gate and the state."""
+    grid = _Grid.from_parts(h, backwards=not call.reverse)
+    tokens, row = grid.token_spec(), grid.row_spec()
     return _launch(
-        _backward_kernel, settings, blocks,
-        inputs=dict(h=(h, tokens), h_next=(h, blocks.next_tile()), gate=(gate, tokens), state=(state, row),
-                    marks=blocks.marked(marks), dh=(dh, tokens), d_last=(d_last, row)),
+        _backward_kernel, call, grid,
+        inputs=dict(h=(h, tokens), h_next=(h, grid.next_tile_spec()), gate=(gate, tokens), state=(state, row),
+                    marks=grid.pad_marks(marks), dh=(dh, tokens), d_last=(d_last, row)),
         outputs=((h, tokens), (gate, tokens), (state, row)))
 
 
-class _Blocks(NamedTuple):
-    """How arrays [b, t, d] are cut, and in which order the blocks are visited."""
+class _Grid(NamedTuple):
+    """Blocks of arrays [b, t, d], and the order in which they are visited."""
 
     batch: int
     length: int
@@ -78,14 +78,14 @@ class _Blocks(NamedTuple):
     backwards: bool  # from the last token to the first
 
     @classmethod
-    def of(cls, parts: Parts, *, backwards: bool) -> "_Blocks":
+    def from_parts(cls, parts: Parts, *, backwards: bool) -> "_Grid":
         batch, length, width = parts[0].shape
         block_d = BLOCK_CHANNELS // len(parts)
         return cls(batch, length, width, min(BLOCK_TOKENS, pl.cdiv(length, LANES) * LANES),
                    width if width <= block_d else block_d, backwards)
 
     @property
-    def grid(self) -> tuple[int, int, int]:
+    def sizes(self) -> tuple[int, int, int]:
         return self.batch, pl.cdiv(self.width, self.block_d), pl.cdiv(self.length, self.block_t)
 
     @property
@@ -97,19 +97,19 @@ class _Blocks(NamedTuple):
         return self.length % self.block_t != 0
 
     def block(self, step: jax.Array) -> jax.Array:
-        return self.grid[2] - 1 - step if self.backwards else step
+        return self.sizes[2] - 1 - step if self.backwards else step
 
     def tile(self, step: jax.Array) -> jax.Array:
         return self.num_tiles - 1 - step if self.backwards else step
 
-    def tokens(self) -> pl.BlockSpec:
+    def token_spec(self) -> pl.BlockSpec:
         return pl.BlockSpec((None, self.block_t, self.block_d), lambda b, c, i: (b, self.block(i), c))
 
-    def row(self) -> pl.BlockSpec:
+    def row_spec(self) -> pl.BlockSpec:
         return pl.BlockSpec((None, 1, self.block_d), lambda b, c, i: (b, 0, c))
 
-    def next_tile(self) -> pl.BlockSpec:
-        """The tile that is visited after the block; any, if there is none."""
+    def next_tile_spec(self) -> pl.BlockSpec:
+        """Gives the tile that is visited after the block; any, if there is none."""
         def index_map(b, c, i):
             first = self.block(i) * self.num_tiles
             after = jnp.maximum(first - 1, 0) if self.backwards else jnp.minimum(
@@ -117,112 +117,110 @@ class _Blocks(NamedTuple):
             return b, after, c
         return pl.BlockSpec((None, TILE, self.block_d), index_map)
 
-    def marked(self, marks: jax.Array | None) -> tuple[jax.Array | None, pl.BlockSpec | None]:
-        """Marks as rows [b, 1, whole blocks]: tokens past the end are padding. None if all are real."""
+    def pad_marks(self, marks: jax.Array | None) -> tuple[jax.Array | None, pl.BlockSpec | None]:
+        """Lays marks out in rows [b, 1, whole blocks], with padding past the end; None if all are real."""
         if marks is None and not self.has_tail:
             return None, None
         marks = jnp.full((self.batch, self.length), REAL) if marks is None else marks
-        marks = jnp.pad(marks.astype(jnp.int32), ((0, 0), (0, self.grid[2] * self.block_t - self.length)),
+        marks = jnp.pad(marks.astype(jnp.int32), ((0, 0), (0, self.sizes[2] * self.block_t - self.length)),
                         constant_values=PADDING)
         return marks[:, None], pl.BlockSpec((None, 1, self.block_t), lambda b, c, i: (b, 0, self.block(i)))
 
 
 def _launch(
-    kernel: Callable, settings: Settings, blocks: _Blocks, *, inputs: dict[str, tuple[Any, Any]], outputs: tuple
+    kernel: Callable, call: DiagonalCall, grid: _Grid, *, inputs: dict[str, tuple[Any, Any]], outputs: tuple
 ) -> tuple[Parts, ...]:
     """Runs a kernel on inputs by their names, on outputs, and on the state between blocks.
 
     Args:
-      inputs, outputs: Parts, or marks, with the spec of their blocks; an output is like the Parts given. Rows
-        [b, d] are given to the kernel as [b, 1, d]: blocks may then be one row high.
+      inputs, outputs: Parts, or marks, with the spec of their blocks; an output has the shape of the Parts given.
+        Rows [b, d] are given to the kernel as [b, 1, d]: blocks may then be one row high.
     """
+    def spec_each(value, spec):
+        return jax.tree.map(lambda _: spec, value)
+
     arrays = {name: jax.tree.map(lambda x: x[:, None] if x.ndim == 2 else x, value)
               for name, (value, _) in inputs.items()}
-    specs = {name: jax.tree.map(lambda _, spec=spec: spec, value) for name, (value, spec) in inputs.items()}
     out_shape = tuple(
         tuple(jax.ShapeDtypeStruct((x.shape[0], 1, x.shape[1]) if x.ndim == 2 else x.shape, x.dtype)
               for x in parts) for parts, _ in outputs)
-    num_state = len(inputs["state"][0])
-    leaves, structure = jax.tree.flatten(arrays)
+    carry = (pltpu.VMEM((1, grid.block_d), jnp.float32),) * len(inputs["state"][0])
+    read, written = jax.tree.leaves(arrays), jax.tree.leaves(out_shape)
 
-    def body(*refs):
-        ins, outs = refs[: len(leaves)], list(refs[len(leaves): -1 - num_state])
-        outs = [tuple(outs.pop(0) for _ in parts) for parts in out_shape]
-        kernel(settings, blocks, *outs, carry=refs[-1 - num_state: -1], columns=refs[-1],
-               **jax.tree.unflatten(structure, ins))
+    def body(inputs, *refs):
+        *outputs, carry, columns = refs
+        kernel(call, grid, *outputs, carry=carry, columns=columns, **inputs)
 
-    flat = [x for parts in out_shape for x in parts]
-    results = list(pl.pallas_call(
-        body, grid=blocks.grid, in_specs=jax.tree.leaves(specs),
-        out_specs=[spec for parts, spec in outputs for _ in parts], out_shape=flat,
-        scratch_shapes=[pltpu.VMEM((1, blocks.block_d), jnp.float32)] * num_state
-        + [pltpu.VMEM((blocks.block_t, LANES), jnp.int32)],
+    results = pl.pallas_call(
+        body, grid=grid.sizes, in_specs=({name: spec_each(*pair) for name, pair in inputs.items()},),
+        out_specs=tuple(spec_each(*pair) for pair in outputs), out_shape=out_shape,
+        scratch_shapes=(carry, pltpu.VMEM((grid.block_t, LANES), jnp.int32)),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
-            flops=20 * sum(x.size for x in leaves), transcendentals=settings.is_log * arrays["gate"][0].size,
-            bytes_accessed=sum(x.size * x.dtype.itemsize for x in [*leaves, *flat])),
-        name=f"diagonal_recurrence{kernel.__name__.removesuffix('_kernel')}", interpret=settings.interpret,
-    )(*leaves))
-    return tuple(tuple(results.pop(0).reshape(x.shape) for x in parts) for parts, _ in outputs)
+            flops=20 * sum(x.size for x in read), transcendentals=call.is_log * arrays["gate"][0].size,
+            bytes_accessed=sum(x.size * x.dtype.itemsize for x in [*read, *written])),
+        name=f"diagonal_recurrence{kernel.__name__.removesuffix('_kernel')}", interpret=call.interpret,
+    )(arrays)
+    return jax.tree.map(lambda result, x: result.reshape(x.shape), results, tuple(parts for parts, _ in outputs))
 
 
-def _forward_kernel(settings: Settings, blocks: _Blocks, h, last, *, x, gate, state, marks, carry, columns):
+def _forward_kernel(call: DiagonalCall, grid: _Grid, h, last, *, x, gate, state, marks, carry, columns):
     _begin(carry, state)
     _spread_marks(marks, columns)
 
     def step(i, before):
-        rows = pl.ds(blocks.tile(i) * TILE, TILE)
-        mark = None if marks is None else _marks_of(columns, rows, blocks)
-        of_tile = decay(settings, _read(gate, rows), mark), added(_read(x, rows), mark)
-        states, before = _scan_tile(*of_tile, before, backwards=blocks.backwards)
+        rows = pl.ds(grid.tile(i) * TILE, TILE)
+        mark = None if marks is None else _read_marks(columns, rows, grid)
+        a, x_rows = decay(call, _read(gate, rows), mark), real_inputs(_read(x, rows), mark)
+        states, before = _scan_tile(a, x_rows, before, backwards=grid.backwards)
         _write(h, rows, states)
         return before
 
-    _end(carry, last, lax.fori_loop(0, blocks.num_tiles, step, _read(carry)))
+    _end(carry, last, lax.fori_loop(0, grid.num_tiles, step, _read(carry)))
 
 
 def _backward_kernel(
-    settings: Settings, blocks: _Blocks, dx, d_gate, d_state, *, h, h_next, gate, state, marks, dh, d_last, carry,
+    call: DiagonalCall, grid: _Grid, dx, d_gate, d_state, *, h, h_next, gate, state, marks, dh, d_last, carry,
     columns,
 ):
     _begin(carry, d_last)
     _spread_marks(marks, columns)
     visited = pl.program_id(2)
-    is_last_block, first_token = visited == blocks.grid[2] - 1, blocks.block(visited) * blocks.block_t
+    is_last_block, first_token = visited == grid.sizes[2] - 1, grid.block(visited) * grid.block_t
 
     # s_t = conj(a_t) g_t is what a token hands on to the one before it, and g_t = dh_t + s_{t+1}.
     def step(i, after):
-        tile = blocks.tile(i)
+        tile = grid.tile(i)
         rows = pl.ds(tile * TILE, TILE)
-        mark = None if marks is None else _marks_of(columns, rows, blocks)
-        gate_rows, dh_rows = _read(gate, rows), added(_read(dh, rows), mark)
-        a = conjugate(decay(settings, gate_rows, mark))
-        handed, last = _scan_tile(a, times(a, dh_rows), after, backwards=blocks.backwards)
-        g = plus(dh_rows, _shifted(handed, after, backwards=blocks.backwards))
-        before = h_before(tile, i == blocks.num_tiles - 1)
-        for refs, gradient in zip((dx, d_gate), gradients(settings, g, before, gate_rows, mark), strict=True):
+        mark = None if marks is None else _read_marks(columns, rows, grid)
+        gate_rows, dh_rows = _read(gate, rows), real_inputs(_read(dh, rows), mark)
+        a = conjugate(decay(call, gate_rows, mark))
+        handed, last = _scan_tile(a, multiply(a, dh_rows), after, backwards=grid.backwards)
+        g = add(dh_rows, _shifted(handed, after, backwards=grid.backwards))
+        before = h_before(tile, i == grid.num_tiles - 1)
+        for refs, gradient in zip((dx, d_gate), gradients(call, g, before, gate_rows, mark), strict=True):
             _write(refs, rows, gradient)
         return last
 
     def states(tile):
         parts = _read(h, pl.ds(tile * TILE, TILE))
-        if not (settings.reverse and blocks.has_tail):
+        if not (call.reverse and grid.has_tail):
             return parts
-        # Past the end lies anything, and in reverse it comes first, where the state is still the initial one.
-        is_there = first_token + tile * TILE + lax.broadcasted_iota(jnp.int32, parts[0].shape, 0) < blocks.length
-        return tuple(jnp.where(is_there, x, initial[...]) for x, initial in zip(parts, state, strict=True))
+        # Past the end lies anything; in reverse it comes first, where the state is still the initial one.
+        is_inside = first_token + tile * TILE + lax.broadcasted_iota(jnp.int32, parts[0].shape, 0) < grid.length
+        return tuple(jnp.where(is_inside, x, initial[...]) for x, initial in zip(parts, state, strict=True))
 
     def h_before(tile, is_last_tile):
-        """h_{t-1} of a tile: what the backward pass visits next."""
-        neighbour = jnp.clip(tile - 1 if blocks.backwards else tile + 1, 0, blocks.num_tiles - 1)
-        edge = slice(TILE - 1, TILE) if blocks.backwards else slice(0, 1)
+        """Returns h_{t-1} of a tile, which the backward pass visits next."""
+        neighbour = jnp.clip(tile - 1 if grid.backwards else tile + 1, 0, grid.num_tiles - 1)
+        edge = slice(TILE - 1, TILE) if grid.backwards else slice(0, 1)
         near = [x[edge] for x in states(neighbour)]
         far = [jnp.where(is_last_block, initial[...], x[edge])
                for initial, x in zip(state, _read(h_next), strict=True)]
         edges = tuple(jnp.where(is_last_tile, *pair) for pair in zip(far, near, strict=True))
-        return _shifted(states(tile), edges, backwards=not blocks.backwards)
+        return _shifted(states(tile), edges, backwards=not grid.backwards)
 
-    _end(carry, d_state, lax.fori_loop(0, blocks.num_tiles, step, _read(carry)))
+    _end(carry, d_state, lax.fori_loop(0, grid.num_tiles, step, _read(carry)))
 
 
 def _begin(carry, state) -> None:
@@ -239,17 +237,17 @@ def _end(carry, last, state: Parts) -> None:
 
 
 def _spread_marks(marks, columns) -> None:
-    """[1, t] to [t, 128], each row full of its mark."""
+    """Spreads marks [1, t] to [t, 128], each row full of its mark."""
     if marks is not None:
         columns[...] = jnp.broadcast_to(marks[...], (LANES, marks.shape[1])).T
 
 
-def _marks_of(columns, rows, blocks: _Blocks) -> jax.Array:
-    return jnp.broadcast_to(columns[rows, :1], (TILE, blocks.block_d))
+def _read_marks(columns, rows, grid: _Grid) -> jax.Array:
+    return jnp.broadcast_to(columns[rows, :1], (TILE, grid.block_d))
 
 
 def _read(refs, rows=slice(None)) -> Parts:
-    return wide(tuple(ref[rows, :] for ref in refs))
+    return to_float32(tuple(ref[rows, :] for ref in refs))
 
 
 def _write(refs, rows, parts: Parts) -> None:
@@ -258,12 +256,12 @@ def _write(refs, rows, parts: Parts) -> None:
 
 
 def _scan_tile(a: Parts, x: Parts, state: Parts, *, backwards: bool) -> tuple[Parts, Parts]:
-    """The states of a tile's rows, and the one that leaves it."""
+    """Returns the states of a tile's rows, and the one that leaves it."""
     results = []
     for start in range(0, TILE, SUBLANES)[:: -1 if backwards else 1]:
         a_rows, x_rows = (tuple(part[start: start + SUBLANES] for part in parts) for parts in (a, x))
         product, total = _double(a_rows, x_rows, backwards=backwards)
-        rows = plus(total, times(product, state))
+        rows = add(total, multiply(product, state))
         state = tuple(part[:1] if backwards else part[-1:] for part in rows)
         results.append(rows)
     results = results[::-1] if backwards else results
@@ -271,7 +269,7 @@ def _scan_tile(a: Parts, x: Parts, state: Parts, *, backwards: bool) -> tuple[Pa
 
 
 def _double(a: Parts, x: Parts, *, backwards: bool) -> tuple[Parts, Parts]:
-    """For each row the product of the decays up to it, and its state if the one that enters is 0."""
+    """Returns for each row the product of the decays up to it, and its state if the one that enters is 0."""
     index = lax.broadcasted_iota(jnp.int32, a[0].shape, 0)
     index = SUBLANES - 1 - index if backwards else index
     for distance in (1, 2, 4):
@@ -279,13 +277,13 @@ def _double(a: Parts, x: Parts, *, backwards: bool) -> tuple[Parts, Parts]:
             return tuple(pltpu.roll(part, SUBLANES - distance if backwards else distance, 0) for part in parts)
 
         is_inside = index >= distance
-        x = plus(x, times(a, where(is_inside, earlier(x), 0.0)))
-        a = times(a, where(is_inside, earlier(a), 1.0))
+        x = add(x, multiply(a, where(is_inside, earlier(x), 0.0)))
+        a = multiply(a, where(is_inside, earlier(a), 1.0))
     return a, x
 
 
 def _shifted(parts: Parts, edge: Parts, *, backwards: bool) -> Parts:
-    """Each row holds that of its neighbour before it, in the order of the pass; the first one `edge`."""
+    """Shifts rows by one in the order of the pass; the first becomes `edge`."""
     index = lax.broadcasted_iota(jnp.int32, parts[0].shape, 0)
     first, shift = (TILE - 1, TILE - 1) if backwards else (0, 1)
     return tuple(jnp.where(index == first, start, pltpu.roll(part, shift, 0))

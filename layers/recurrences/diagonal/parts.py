@@ -1,7 +1,7 @@
-"""What the implementations share: numbers as tuples of their real parts, with marks of tokens.
+"""Arithmetic shared by the implementations, on numbers as tuples of their real parts, with marks of tokens.
 
 Kernels have no complex numbers. A `Parts` is (x,) or (real, imaginary); x, h and the state have as many parts, the
-gate as many or one. Arrays of gradients are of the same form: the part of each part.
+gate as many or one. Arrays of gradients have the same form: the gradient by each part.
 """
 import dataclasses
 from typing import Any
@@ -15,34 +15,42 @@ Parts = tuple[jax.Array, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
-    """The static half of a call; equal settings share a compiled program."""
+class DiagonalCall:
+    """Static half of a call; equal ones share a compiled program.
 
-    is_log: bool     # the gate is log a
+    Attributes:
+      is_log: the gate is log a.
+      reverse: run from the last token to the first.
+      implementation: as the caller asked for.
+      interpret: False, True, or the parameters of one of Pallas's interpreters.
+    """
+
+    is_log: bool
     reverse: bool
     implementation: str
-    interpret: Any   # False, True, or the parameters of one of Pallas's interpreters
+    interpret: Any
 
 
 def split(x: jax.Array) -> Parts:
     return (jnp.real(x), jnp.imag(x)) if jnp.iscomplexobj(x) else (x,)
 
 
-def joined(parts: Parts) -> jax.Array:
+def to_complex(parts: Parts) -> jax.Array:
+    """Joins parts to a complex array, or returns the only part."""
     return parts[0] if len(parts) == 1 else jax.lax.complex(*parts)
 
 
-def wide(parts: Parts) -> Parts:
+def to_float32(parts: Parts) -> Parts:
     return tuple(x.astype(jnp.float32) for x in parts)
 
 
-def times(u: Parts, v: Parts) -> Parts:
+def multiply(u: Parts, v: Parts) -> Parts:
     if len(u) == len(v) == 2:
         return u[0] * v[0] - u[1] * v[1], u[0] * v[1] + u[1] * v[0]
     return tuple(x * y for x in u for y in v)
 
 
-def plus(u: Parts, v: Parts) -> Parts:
+def add(u: Parts, v: Parts) -> Parts:
     return tuple(x + y for x, y in zip(u, v, strict=True))
 
 
@@ -51,28 +59,28 @@ def conjugate(u: Parts) -> Parts:
 
 
 def where(mask: jax.Array, u: Parts, value: float) -> Parts:
-    """u, or the real number `value` where the mask is False."""
+    """Chooses u, or the real number `value` where the mask is False."""
     return tuple(jnp.where(mask, x, value if i == 0 else 0.0) for i, x in enumerate(u))
 
 
-def decay(settings: Settings, gate: Parts, marks: jax.Array | None) -> Parts:
-    """What each token multiplies the state by, float32; marks have the shape of the gate, or spread over it."""
-    a = wide(gate)
-    a = (jnp.exp(a[0]),) if settings.is_log else a
+def decay(call: DiagonalCall, gate: Parts, marks: jax.Array | None) -> Parts:
+    """Returns each token's factor of the state, float32; marks have the shape of the gate or broadcast to it."""
+    a = to_float32(gate)
+    a = (jnp.exp(a[0]),) if call.is_log else a
     return a if marks is None else where(marks != PADDING, where(marks != FIRST, a, 0.0), 1.0)
 
 
-def added(x: Parts, marks: jax.Array | None) -> Parts:
-    """What each token adds to the state, float32."""
-    return wide(x) if marks is None else where(marks != PADDING, wide(x), 0.0)
+def real_inputs(x: Parts, marks: jax.Array | None) -> Parts:
+    """Returns the inputs that tokens add to the state, float32; those of padding are 0."""
+    return to_float32(x) if marks is None else where(marks != PADDING, to_float32(x), 0.0)
 
 
-def gradients(settings: Settings, g: Parts, h_before: Parts, gate: Parts, marks: jax.Array | None
+def gradients(call: DiagonalCall, g: Parts, h_before: Parts, gate: Parts, marks: jax.Array | None
               ) -> tuple[Parts, Parts]:
-    """Of x and of the gate, float32, from g = dh_t: what h_t itself and all that follows from it pull on it."""
-    d_gate = times(conjugate(h_before), g)[: len(gate)]  # of a real gate the real part
-    if settings.is_log:
-        d_gate = times(decay(settings, gate, None), d_gate)
+    """Returns the gradients of x and of the gate, float32, from g, the whole gradient of h_t."""
+    d_gate = multiply(conjugate(h_before), g)[: len(gate)]  # of a real gate the real part
+    if call.is_log:
+        d_gate = multiply(decay(call, gate, None), d_gate)
     if marks is None:
         return g, d_gate
     return where(marks != PADDING, g, 0.0), where(marks == REAL, d_gate, 0.0)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 def sequential(
     x: jax.Array, a: jax.Array, state: jax.Array, *, reverse: bool
 ) -> tuple[jax.Array, jax.Array]:
-    """h_t = a_t h_{t-1} + x_t for x and a [b, t, d] and state [b, d]: every h_t, and the last."""
+    """Runs h_t = a_t h_{t-1} + x_t for x and a [b, t, d] and state [b, d]; returns every h_t, and the last."""
     def step(h, token):
         x_t, a_t = token
         h = a_t * h + x_t

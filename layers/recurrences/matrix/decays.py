@@ -1,6 +1,6 @@
-"""What is left within a chunk, at a token that reads, of what a token before it wrote.
+"""Decays within a chunk: the share of what a token wrote that is left for a later token to read.
 
-That is exp of the sum of the log decays between the two. Two things must not happen. A difference of running sums
+It is exp of the sum of the log decays between the two. Two things must not happen. A difference of running sums
 loses small decays behind a large one; so every sum here adds up just its own tokens. And exp(-sum), by which the
 sum between two tokens is often split in two, overflows; so it is split at a token between them, where both parts
 are <= 0. For two neighbouring blocks of s tokens, the first of which writes and the second reads, that token is at
@@ -14,10 +14,8 @@ their border; and among the blocks of 1, 2, 4, ... tokens, every two tokens are 
                         x x x x . .
                         x x x x . .
 """
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import jax
@@ -25,31 +23,13 @@ import jax.numpy as jnp
 import numpy as np
 
 Matmul = Callable[[jax.Array, jax.Array], jax.Array]
-_exact = ContextVar("_exact", default=jax.lax.Precision.HIGHEST)
-
-
-def exact_matmul(x: jax.Array, y: jax.Array) -> jax.Array:
-    """In float32."""
-    return jnp.matmul(x, y, precision=_exact.get())
-
-
-def rounded_matmul(x: jax.Array, y: jax.Array) -> jax.Array:
-    """As a device does by default: an accelerator rounds x and y, to bfloat16 or TF32, and adds in float32."""
-    return jnp.matmul(x, y, preferred_element_type=jnp.float32)
-
-
-@contextmanager
-def exact_matmuls_as(precision: jax.lax.DotAlgorithmPreset) -> Iterator[None]:
-    """What is traced within asks for float32 by the name that suits its compiler."""
-    before = _exact.set(precision)
-    try:
-        yield
-    finally:
-        _exact.reset(before)
+exact_matmul = partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)  # in float32
+# As a device does by default: an accelerator rounds both, to bfloat16 or TF32, and adds in float32.
+rounded_matmul = partial(jnp.matmul, preferred_element_type=jnp.float32)
 
 
 class Decays(NamedTuple):
-    """Of a chunk of c tokens, for blocks of 1, 2, 4, ... tokens: s of them. The last axis is 1 (heads) or k."""
+    """Decays of a chunk of c tokens, for s block sizes 1, 2, 4, ...; the last axis is 1 (heads) or k."""
 
     from_start: jax.Array  # [..., c, 1 or k]: at a token, of the state that entered the chunk
     to_end: jax.Array      # [..., c, 1 or k]: at the end of the chunk, of what a token wrote
@@ -57,28 +37,26 @@ class Decays(NamedTuple):
     parts: jax.Array       # [..., s, c, 1 or k]: from a writer to the border, or from the border to a reader
 
     @classmethod
-    def of(cls, log_decay: jax.Array, *, before: bool = False) -> "Decays":
-        """From log decays [..., c, 1 or k] <= 0.
+    def from_log_decay(cls, log_decay: jax.Array, exact: Matmul, *, before: bool = False) -> "Decays":
+        """Makes the decays from log decays [..., c, 1 or k] <= 0.
 
         Args:
           before: readers read before their own decay.
         """
         size, width = log_decay.shape[-2:]
-        exponents = exact_matmul(_blocks(size, before).sums, log_decay)
+        exponents = exact(_masks(size, before).sums, log_decay)
         decays = jnp.exp(exponents.reshape(*log_decay.shape[:-2], -1, size, width))
         whole = jnp.exp(jnp.sum(log_decay, axis=-2, keepdims=True))
         return cls(decays[..., 0, :, :], decays[..., 1, :, :], whole, decays[..., 2:, :, :])
 
-    def pairs(
-        self, reader: jax.Array, writer: jax.Array, *, own: bool = False, matmul: Matmul = exact_matmul
-    ) -> jax.Array:
-        """[..., i, j]: reader_i . writer_j [..., c, k], each product decayed from j to i; 0 unless j < i.
+    def pairs(self, reader: jax.Array, writer: jax.Array, matmul: Matmul, *, own: bool = False) -> jax.Array:
+        """Returns [..., i, j]: reader_i . writer_j [..., c, k], each product decayed from j to i; 0 unless j < i.
 
         Args:
           own: also j = i, undecayed.
         """
         size = reader.shape[-2]
-        itself, in_block = np.eye(size, dtype=np.float32) * own, _blocks(size).pairs
+        itself, in_block = np.eye(size, dtype=np.float32) * own, _masks(size).pairs
         if self.to_end.shape[-1] == 1:
             left = jnp.sum(jnp.where(in_block, self.parts * transposed(self.parts), 0), axis=-3)
             return matmul(reader, transposed(writer)) * (left + itself)
@@ -87,47 +65,49 @@ class Decays(NamedTuple):
         itself = itself * jnp.sum(reader * writer, axis=-1, keepdims=True)
         return jnp.sum(jnp.where(in_block, blocks, 0), axis=-3) + itself
 
-    def read(self, reader: jax.Array, state: jax.Array, matmul: Matmul) -> jax.Array:
-        """[..., i, v]: what readers [..., c, k] find of the state [..., k, v] that entered the chunk."""
+    def query(self, reader: jax.Array, state: jax.Array, matmul: Matmul) -> jax.Array:
+        """Reads the state [..., k, v] that entered the chunk with readers [..., c, k]: [..., c, v]."""
         if self.from_start.shape[-1] == 1:
             return self.from_start * matmul(reader, state)
         return matmul(self.from_start * reader, state)
 
-    def kept(self, state: jax.Array) -> jax.Array:
-        """[..., k, v]: what is left of the state after the chunk."""
+    def decay_state(self, state: jax.Array) -> jax.Array:
+        """Decays the state [..., k, v] over the whole chunk."""
         return transposed(self.whole) * state
 
-    def written(self, key: jax.Array, value: jax.Array, matmul: Matmul) -> jax.Array:
-        """[..., k, v]: what is left after the chunk of its keys [..., c, k] and their values [..., c, v]."""
+    def accumulate(self, key: jax.Array, value: jax.Array, matmul: Matmul) -> jax.Array:
+        """Sums keys [..., c, k] times values [..., c, v], decayed to the end of the chunk: [..., k, v]."""
         if self.to_end.shape[-1] == 1:
             return matmul(transposed(key), self.to_end * value)
         return matmul(transposed(self.to_end * key), value)
 
 
-class _Blocks(NamedTuple):
+class ChunkMasks(NamedTuple):
+    """Masks of a chunk's blocks, for the sums and the pairs of `Decays`."""
+
     sums: np.ndarray   # [(2 + s) * c, c] of 0 and 1: which tokens' log decays each of `Decays` adds up
     pairs: np.ndarray  # [s, c, c]: for each size, which readers and writers its blocks have
 
 
 @lru_cache
-def _blocks(size: int, before: bool = False) -> _Blocks:
+def _masks(size: int, before: bool = False) -> ChunkMasks:
     token, other = np.ogrid[:size, :size]
     to_reader = other < token if before else other <= token
     sums, pairs = [to_reader, other > token], []
     block = 1
     while block < size:
-        for masks, mask in zip((sums, pairs), of_blocks(block, token, other, to_reader), strict=True):
+        for masks, mask in zip((sums, pairs), block_masks(block, token, other, to_reader), strict=True):
             masks.append(mask)
         block *= 2
-    return _Blocks(np.concatenate(sums).astype(np.float32), np.array(pairs, bool).reshape(-1, size, size))
+    return ChunkMasks(np.concatenate(sums).astype(np.float32), np.array(pairs, bool).reshape(-1, size, size))
 
 
-def of_blocks(block: int, token, other, to_reader):
-    """Of blocks of `block` tokens: whose log decays a token adds up, and which readers and writers they have.
+def block_masks(block: int, token, other, to_reader):
+    """Returns, for blocks of `block` tokens, whose log decays a token adds up, and which pairs read and write.
 
     Args:
       token, other: numbers of tokens, along the first and along the second axis; a power of two in a block.
-      to_reader: which others decay what a token reads, of all before it.
+      to_reader: which of all tokens before it decay what a token reads.
     """
     border = (token & -2 * block) + block
     reads = token >= border
