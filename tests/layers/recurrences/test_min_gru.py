@@ -15,7 +15,7 @@ def test_min_gru_is_that_of_the_official_vectors():
         hidden, gate = jnp.split(x["to_hidden_and_gate__weight"].T, 2, axis=1)
         params = {"hidden_proj": {"kernel": hidden}, "gate_proj": {"kernel": gate},
                   "out": {"kernel": x["to_out__weight"].T}}
-        y, state = MinGRU(inner_width=18).apply({"params": params}, x["x"])
+        y, state = MinGRU(inner_width=hidden.shape[1]).apply({"params": params}, x["x"])
         return y, state.h
 
     assert_golden_case(run, golden_case("rec_mingru", "c2"), "x to_hidden_and_gate__weight to_out__weight", "o ht")
