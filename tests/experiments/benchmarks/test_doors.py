@@ -12,8 +12,8 @@ def test_a_mamba_layer_reaches_the_first_matmul_of_its_scan_through_few_function
         cwd=Path(__file__).resolve().parents[3])
     doors = {}
     for line in command.stdout.splitlines():
-        name, frames = line[:24].strip(), line[28:].split(" > ")
-        assert int(line[24:28]) == len(frames) and frames[0] == "ssd_scan", line
+        name, frames = line[:24].strip(), line[29:].split(" > ")
+        assert int(line[24:27]) == len(frames) and frames[0] == "ssd_scan", line
         doors[name] = frames
     assert {"auto", "auto with gradient", "chunkwise"} < doors.keys()
     for name, frames in doors.items():
