@@ -1,6 +1,9 @@
 """One-stage H-Net of half a million parameters on the source code and prose that come with Python.
 
   make train     or     python -m experiments.train --config=quickstart --workdir=runs/quickstart
+
+Measured: 2 CPU cores beside other work, 4 min 35 s with installation; 2.17 bits per byte on held-out text (one
+seed, jax 0.10.2, commit 98acae3). 493,464 parameters; 1.5 GiB of memory (commit 0848e49).
 """
 from experiments.config import DataConfig, OptimizerConfig, RunConfig
 from hnet import AttentionConfig, ChunkingConfig, HNetConfig, RecurrenceConfig, StackConfig, StageConfig

@@ -1,10 +1,9 @@
-"""What the configs compare_* share: everything but where chunks begin, and whether there are any.
+"""Common settings of the configs compare_*, which differ only in where chunks begin, and whether there are any.
 
-For one seed all four read the same batches in the same order, with the same optimiser and as many steps. The
-three that chunk are one network, an outer m2 + m2 around an inner T4, and aim at the same length of chunks. It is
-8 bytes, because so long are words with the space before them in this corpus (8.2 on held-out text: the indentation
-of a line counts as one space), and nothing can change that. The fourth does its inner work on bytes, in narrower
-layers.
+For one seed all four read the same batches in the same order, with the same optimiser and number of steps. The
+three that chunk are one network, an outer m2 + m2 around an inner T4, and aim at the same length of chunks: 8
+bytes, the length of words with the space before them in this corpus (8.2 on held-out text: the indentation of a
+line counts as one space), which no setting changes. The fourth does its inner work on bytes, in narrower layers.
 """
 from experiments.config import DataConfig, OptimizerConfig, RunConfig
 from hnet import AttentionConfig, ChunkingConfig, HNetConfig, RecurrenceConfig, StackConfig, StageConfig

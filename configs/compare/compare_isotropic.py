@@ -1,6 +1,9 @@
 """No chunks: one network over bytes. One of four at equal work per byte: see _compare.py.
 
   python -m experiments.train --config=compare_isotropic --workdir=runs/flat
+
+Measured: 1 CPU device beside other work, 553 s of train steps; 2.140 ± 0.014 bits per byte on held-out text
+(three seeds, jax 0.10.2, commits 60a8992 and 7570878). 185,560 parameters.
 """
 from configs.compare._compare import RECURRENCE, run_config
 from experiments.config import RunConfig

@@ -1,6 +1,9 @@
-"""Chunks of 8 bytes each, whatever the text. One of four at equal work per byte: see _compare.py.
+"""Chunks of 8 bytes each for any text. One of four at equal work per byte: see _compare.py.
 
   python -m experiments.train --config=compare_stride --workdir=runs/stride
+
+Measured: 1 CPU device beside other work, 579 s of train steps; 2.319 ± 0.012 bits per byte on held-out text
+(three seeds, jax 0.10.2, commits 60a8992 and 7570878). 813,464 parameters.
 """
 from configs.compare._compare import chunked_config
 from experiments.config import RunConfig

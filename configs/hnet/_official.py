@@ -1,12 +1,12 @@
-"""What the configs of sizes L and XL share: stages of H-Net's widths, and its recipe as far as we know it.
+"""Common settings of the configs of sizes L and XL: stages of H-Net's widths, and its recipe as far as we know it.
 
-From the paper (arXiv 2507.07955): 256 rows of 8192 bytes, 100 billion tokens of FineWeb-Edu (some 220,000 steps),
-AdamW, 10 % of the steps to warm up, 20 % to decay as an inverse square root, learning rates per stage by eq. 11.
-Betas, weight decay, clipping and the last learning rate are our choice. So is how it is computed: precision, slots
-for chunks, what the backward pass computes again, and the length of a scan's chunk.
+From the paper (arXiv 2507.07955): 256 rows of 8192 bytes, 100 billion tokens of FineWeb-Edu (about 220,000
+steps), AdamW, 10 % of the steps to warm up, 20 % to decay as an inverse square root, learning rates per stage by
+eq. 11. Betas, weight decay, clipping and the final learning rate are our choice. So is the computation:
+precision, slots for chunks, what the backward pass computes again, and the length of a scan's chunk.
 
 Set --config.data.source: the text is the quick start's until you do. On several devices, set --config.model_axis
-and --config.optimizer.accumulation_steps to what fits; python -m experiments.describe says what a model needs.
+and --config.optimizer.accumulation_steps to fit; python -m experiments.describe prints what a model needs.
 """
 from experiments.config import DataConfig, OptimizerConfig, RunConfig
 from hnet import AttentionConfig, ChunkingConfig, HNetConfig, RecurrenceConfig, StackConfig, StageConfig

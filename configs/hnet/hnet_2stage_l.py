@@ -1,8 +1,11 @@
-"""H-Net L with two stages, as released: 870 million parameters, 3 times 3 bytes per chunk aimed at.
+"""H-Net L with two stages, as released: 870 million parameters, aims at 3 times 3 bytes per chunk.
 
   python -m experiments.train --config=hnet_2stage_l --workdir=runs/hnet_2stage_l
 
 The recipe, and what to set before you run this, are in _official.py.
+
+Not trained here; the paper (arXiv 2507.07955) trains it on 100 billion tokens of FineWeb-Edu. 874,315,264
+parameters.
 """
 from configs.hnet._official import PEAK_LR_L, main_network, outer_stage, paper_run
 from experiments.config import RunConfig

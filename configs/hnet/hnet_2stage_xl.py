@@ -1,8 +1,11 @@
-"""H-Net XL with two stages, as released: 1.6 billion parameters, 3 times 3 bytes per chunk aimed at.
+"""H-Net XL with two stages, as released: 1.6 billion parameters, aims at 3 times 3 bytes per chunk.
 
   python -m experiments.train --config=hnet_2stage_xl --workdir=runs/hnet_2stage_xl
 
 The recipe, and what to set before you run this, are in _official.py.
+
+Not trained here; the paper (arXiv 2507.07955) trains it on 100 billion tokens of FineWeb-Edu. 1,603,492,224
+parameters.
 """
 from configs.hnet._official import PEAK_LR_XL, main_network, outer_stage, paper_run
 from experiments.config import RunConfig

@@ -2,8 +2,10 @@
 
   python -m experiments.train --config=hnet_2stage_xl_chinese --workdir=runs/hnet_2stage_xl_chinese
 
-The recipe is in _official.py, with what to set before you run this. The paper trained on 46 billion tokens of
-Chinese; the number of steps is that of English here.
+The recipe is in _official.py, with what to set before you run this. The number of steps is that of English.
+
+Not trained here; the paper (arXiv 2507.07955) trains it on 46 billion tokens of Chinese. 1,755,285,888
+parameters.
 """
 from configs.hnet._official import PEAK_LR_XL, main_network, outer_stage, paper_run
 from experiments.config import RunConfig

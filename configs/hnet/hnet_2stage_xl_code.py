@@ -3,6 +3,8 @@
   python -m experiments.train --config=hnet_2stage_xl_code --workdir=runs/hnet_2stage_xl_code
 
 The recipe is in _official.py, with what to set before you run this. The number of steps is that of English.
+
+Not trained here; the paper (arXiv 2507.07955) trains it on code. 1,654,090,112 parameters.
 """
 from configs.hnet._official import PEAK_LR_XL, main_network, outer_stage, paper_run
 from experiments.config import RunConfig

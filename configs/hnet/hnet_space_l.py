@@ -2,9 +2,12 @@
 
   python -m experiments.train --config=hnet_space_l --workdir=runs/hnet_space_l
 
-28 inner layers are our choice, which comes near the paper's 850 million. A rule is always sure, so nothing is
-smoothed. 6 bytes per word is what the paper measured on FineWeb-Edu, not a setting. Recipe, and what to set
+28 inner layers are our choice, close to the paper's 850 million parameters. A rule has probability 1, so nothing
+is smoothed. 6 bytes per word is what the paper measured on FineWeb-Edu, not a setting. Recipe, and what to set
 before you run this: _official.py.
+
+Not trained here; the paper (arXiv 2507.07955) trains its own of 850 million on 100 billion tokens of FineWeb-Edu.
+847,195,904 parameters.
 """
 from configs.hnet._official import PEAK_LR_L, main_network, outer_stage, paper_run
 from experiments.config import RunConfig

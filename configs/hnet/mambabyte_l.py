@@ -3,6 +3,9 @@
   python -m experiments.train --config=mambabyte_l --workdir=runs/mambabyte_l
 
 28 layers of Mamba-2 at width 1024 are our choice. Recipe, and what to set before you run this: _official.py.
+
+Not trained here; the paper (arXiv 2507.07955) trains its own on 100 billion tokens of FineWeb-Edu. 185,354,880
+parameters.
 """
 from configs.hnet._official import PEAK_LR_L, main_network, paper_run
 from experiments.config import RunConfig

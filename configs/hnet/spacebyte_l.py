@@ -2,10 +2,13 @@
 
   python -m experiments.train --config=spacebyte_l --workdir=runs/spacebyte_l
 
-Where chunks begin is SpaceByte's rule. The way in and out is H-Net's: a linear residual around the chunks,
-learned padding to the wider stage, and every byte reads the output of its chunk. The layers and their widths are
-our choice; 6 bytes per word is what the H-Net paper measured on FineWeb-Edu, not a setting. Recipe, and what to
-set before you run this: _official.py.
+Chunks begin by SpaceByte's rule. The paths in and out are H-Net's: a linear residual around the chunks, learned
+padding to the wider stage, and every byte reads the output of its chunk. The layers and their widths are our
+choice; 6 bytes per word is what the H-Net paper measured on FineWeb-Edu, not a setting. Recipe, and what to set
+before you run this: _official.py.
+
+Not trained here; the paper (arXiv 2507.07955) trains its own on 100 billion tokens of FineWeb-Edu. 557,388,800
+parameters.
 """
 from configs.hnet._official import PEAK_LR_L, main_network, outer_stage, paper_run
 from experiments.config import RunConfig

@@ -10,6 +10,8 @@ the paper (arXiv 2312.04927) each number of pairs has a model of its own:
   --config.data.train_lengths='(64,128,256,512)' --config.data.train_pairs='(4,8,16,64)'
   --config.data.test_lengths='(64,128,256,512)' --config.data.test_pairs='(4,8,16,64)'
   --config.learning_rates='(1e-4,5e-4,2e-3,1e-2)'
+
+Not measured here: it has not been run.
 """
 from configs.tasks._shared import RECURRENT
 from experiments.tasks.config import MQARConfig, TaskConfig

@@ -1,8 +1,11 @@
-"""Recall of 4, 8 and 16 pairs in 64 tokens: tells mixers apart on one CPU.
+"""Recall of 4, 8 and 16 pairs in 64 tokens: distinguishes mixers on one CPU.
 
   python -m experiments.tasks --config=mqar_tiny --outdir=runs/mqar_tiny
 
-Slots that hold nothing are blank: of so small a vocabulary random tokens would often be keys.
+Empty slots are blank: in so small a vocabulary, random tokens would often be keys.
+
+Measured: 2 CPU cores beside other work, 8 min 18 s for 11 mixers; right answers on 16 pairs from 4.1 % (rwkv) to
+100.0 % (kda) (one seed, jax 0.10.2, commit ea78625; all of them in docs/tasks.md).
 """
 from configs.tasks._shared import RECURRENT
 from experiments.tasks.config import MQARConfig, TaskConfig

@@ -2,9 +2,11 @@
 
   python -m experiments.tasks --config=selectivbench --outdir=runs/selectivbench
 
-Sizes, steps and rates are those of the paper (arXiv 2601.12598); its dropout of 0.2 is left out. As there,
+Sizes, steps and rates are those of the paper (arXiv 2601.12598), without its dropout of 0.2. There as here,
 attention comes with feed-forward networks and the other mixers without. The longest test has 20 200 steps:
-attention that writes down its scores needs 3.3 GB for each sequence there.
+attention that stores its scores needs 3.3 GB for each sequence there.
+
+Not measured here: it has not been run.
 """
 from configs.tasks._shared import RECURRENT
 from experiments.tasks.config import SelectivBenchConfig, TaskConfig

@@ -3,6 +3,9 @@
   python -m experiments.tasks --config=selectivbench_tiny --outdir=runs/selectivbench_tiny
 
 Each mixer is trained once; with --config.data.kinds="('complexity','gaps','distractors')" on each of these.
+
+Measured: 2 CPU cores beside other work, 9 min 1 s for 11 mixers; right answers with gaps as in training from 80.8
+% (ssm) to 97.2 % (kda) (one seed, jax 0.10.2, commit ea78625; all of them in docs/tasks.md).
 """
 from configs.tasks._shared import RECURRENT
 from experiments.tasks.config import SelectivBenchConfig, TaskConfig

@@ -1,7 +1,7 @@
-"""What the small versions of published designs share: the quick start's corpus, budget and optimiser, and a stage.
+"""Small versions of published designs: the corpus, budget and optimiser of the quick start, and their stages.
 
-They are about as large as the quick start and made of our parts: each is like its model in where chunks begin and
-in what stands for a chunk, and its docstring says where it differs.
+They are about as large as the quick start and made of our parts: each resembles its model in where chunks begin
+and in the vector that represents a chunk, and its docstring says where it differs.
 """
 from experiments.config import DataConfig, OptimizerConfig, RunConfig
 from hnet import AttentionConfig, ChunkingConfig, HNetConfig, StackConfig, StageConfig

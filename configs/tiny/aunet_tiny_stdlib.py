@@ -2,8 +2,11 @@
 
   python -m experiments.train --config=aunet_tiny_stdlib --workdir=runs/aunet
 
-A word is the vector of the byte after it, which has seen it whole; what is a word is SpaceByte's rule. Every byte
-reads the output of its chunk, where AU-Net has a map of its own for each place in a chunk.
+A word is represented by the vector of the byte after it, which has seen the whole word; words are found by
+SpaceByte's rule. Every byte reads the output of its chunk, where AU-Net has a separate map for each place in a
+chunk.
+
+Not measured here: neither its time nor its bits per byte is on record. 564,192 parameters.
 """
 from configs.tiny._tiny import attention_stage, byte_stage, tiny_run
 from experiments.config import RunConfig

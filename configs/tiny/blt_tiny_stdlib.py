@@ -1,11 +1,13 @@
-"""BLT-like (arXiv 2412.09871): patches begin where a small model doubts the next byte. The quick start's corpus.
+"""BLT-like (arXiv 2412.09871): patches begin where a small model is unsure of the next byte.
 
   python -m experiments.train --config=blt_boundary_lm_tiny_stdlib --workdir=runs/lm
   python -m experiments.train --config=blt_tiny_stdlib --workdir=runs/blt --config.boundary_lm_from=runs/lm
 
-A patch is the maximum over its bytes' vectors, and every byte reads the output of its patch, where BLT has
-cross-attention on both ways; it also embeds the byte n-grams that end at each byte. At 2.75 nats, patches of
-held-out text have 4.0 bytes.
+The corpus is the quick start's. A patch is the maximum over its bytes' vectors, and every byte reads the output
+of its patch, where BLT has cross-attention both ways; BLT also embeds the byte n-grams that end at each byte. At
+2.75 nats, patches of held-out text have 4.0 bytes.
+
+Not measured here: neither its time nor its bits per byte is on record. 603,712 parameters.
 """
 from configs.tiny._tiny import attention_stage, blt_boundary_lm, byte_stage, tiny_run
 from experiments.config import RunConfig

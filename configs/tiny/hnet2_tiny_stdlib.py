@@ -1,6 +1,9 @@
 """Two-stage H-Net: bytes to chunks to chunks of chunks, on the quick start's corpus.
 
   python -m experiments.train --config=hnet2_tiny_stdlib --workdir=runs/hnet2
+
+Measured: 2 CPU cores, 450 steps, not timed; 2.12 bits per byte on held-out text (one seed, jax 0.10.2, commit
+f3c213e). 832,714 parameters.
 """
 from experiments.config import DataConfig, OptimizerConfig, RunConfig
 from hnet import AttentionConfig, ChunkingConfig, HNetConfig, RecurrenceConfig, StackConfig, StageConfig

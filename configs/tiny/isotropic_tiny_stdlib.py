@@ -1,6 +1,9 @@
 """A baseline without hierarchy: Mamba-2 and one attention layer at one width, on the quick start's corpus.
 
   python -m experiments.train --config=isotropic_tiny_stdlib --workdir=runs/isotropic
+
+Measured: 2 CPU cores, 450 steps, not timed; 1.81 bits per byte on held-out text (one seed, jax 0.10.2, commit
+f3c213e). 616,388 parameters, about 2.5 times the weights per byte of the H-Nets beside it.
 """
 from experiments.config import DataConfig, OptimizerConfig, RunConfig
 from hnet import AttentionConfig, HNetConfig, RecurrenceConfig, StackConfig, StageConfig

@@ -2,9 +2,11 @@
 
   python -m experiments.train --config=spacebyte_tiny_stdlib --workdir=runs/spacebyte
 
-Where chunks begin is SpaceByte's rule. The way in and out is H-Net's: a linear residual around the chunks, learned
+Chunks begin by SpaceByte's rule. The paths in and out are H-Net's: a linear residual around the chunks, learned
 padding to the wider stage, and every byte reads the output of its chunk. Words of this corpus have 8.2 bytes with
 the space before them, because indentation counts as one space.
+
+Not measured here: neither its time nor its bits per byte is on record. 529,792 parameters.
 """
 from configs.tiny._tiny import attention_stage, byte_stage, tiny_run
 from experiments.config import RunConfig
