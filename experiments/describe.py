@@ -133,7 +133,7 @@ def describe_memory(config: RunConfig, state: TrainState) -> dict[str, int]:
 
 
 def compiled_memory(config: RunConfig) -> dict[str, int]:
-    """What XLA sets aside on each device for the train step, on the mesh that training would have here."""
+    """Returns the memory that XLA sets aside on each device for the train step, on the mesh of training here."""
     mesh = make_mesh(config.model_axis)
     print(f"compiling the train step for {mesh.size} x {jax.devices()[0].device_kind} ...", file=sys.stderr)
     with use_mesh(mesh):

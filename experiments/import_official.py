@@ -77,7 +77,7 @@ def describe_layout(model: HNetConfig) -> str:
 
 
 def paper_tokens_per_chunk(num_chunking: int) -> tuple[float, ...]:
-    """What the ratio loss of the released models aimed at: 6 with one chunking stage, 3 and 3 with two."""
+    """Returns the compression that the released models aimed at: 6 with one chunking stage, 3 and 3 with two."""
     return (6.0,) if num_chunking == 1 else (3.0,) * num_chunking
 
 

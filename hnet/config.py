@@ -37,7 +37,7 @@ Dtype = Literal["float32", "bfloat16"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChunkingConfig:
-    """Where a stage cuts its tokens into chunks, and what goes into the stage within and comes back.
+    """Places where a stage cuts its tokens into chunks, the vectors that it passes inward, and the way back.
 
     Attributes:
       router: where chunks begin: see ROUTERS.

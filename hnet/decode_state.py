@@ -1,4 +1,4 @@
-"""What an H-Net remembers between tokens: one pytree, level within level, with its own length for every row."""
+"""State of an H-Net between tokens: one pytree, level within level, with its own length for every row."""
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ class StageState:
 
 @struct.dataclass
 class BoundaryState:
-    """What the router "entropy" carries along."""
+    """State of the router "entropy"."""
 
     lm: "DecodeState"
     entropy: jax.Array  # [b] float32: of the byte that comes next, in nats
@@ -37,7 +37,7 @@ class BoundaryState:
 
 @struct.dataclass
 class DecodeState:
-    """Where every row of a batch is. Rows are independent: each has its own number of tokens at every stage."""
+    """State of a batch. Rows are independent: each has its own number of tokens at every stage."""
 
     stage: StageState
     num_tokens: jax.Array                                  # [b] int32: tokens read
@@ -98,7 +98,7 @@ def advance(before: StageState, after: StageState) -> StageState:
 
 
 def unchanged(state: StageState) -> StageState:
-    """What a stage returns that has read one padding token per row."""
+    """Makes the update of a stage that has read one padding token per row."""
     def one(old):
         return jax.vmap(empty_update)(old) if isinstance(old, KVCache) else old
 

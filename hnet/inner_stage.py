@@ -25,7 +25,7 @@ Inner = Callable[..., tuple[jax.Array, dict[str, StageOutput], StageState | None
 
 
 class Chunked(NamedTuple):
-    """What came back, for rows of t tokens."""
+    """Results of an inner stage, for rows of t tokens."""
 
     values: jax.Array              # [b, t, d] float32: of the chunk that each token is in
     starts_chunk: jax.Array        # [b, t] bool: boundaries that got a slot

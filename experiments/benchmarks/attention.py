@@ -182,7 +182,7 @@ def flex_attention(size: Size, lists: BlockLists, backward: bool) -> Callable[[]
 
 
 def plot(rows: list[dict[str, Any]]) -> str:
-    """How many times as fast as dense attention each way is, by density."""
+    """Draws the speed of each implementation relative to dense attention, by density."""
     lines = []
     attention = [row for row in rows if row["over_dense"] and row["way"] != "dense"]
     ways = list(dict.fromkeys(row["way"] for row in attention))

@@ -1,4 +1,4 @@
-"""What a training run is made of: frozen dataclasses with the defaults, checked where they are made."""
+"""Settings of a training run: frozen dataclasses with the defaults, checked where they are made."""
 import dataclasses
 from collections.abc import Iterable
 from typing import Any, Literal, get_args
@@ -27,7 +27,7 @@ def check_choice(field: str, value: str, choices: Iterable[str]) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    r"""Where bytes come from, and in what portions.
+    r"""Source of the bytes, and the portions in which they are read.
 
     Attributes:
       source: stdlib | files:<glob> | tfds:<name or prepared directory>.

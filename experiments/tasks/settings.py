@@ -1,4 +1,4 @@
-"""What is trained for an experiment, and what it is tested on: a table's columns."""
+"""Settings that an experiment trains, and the columns that it tests them on."""
 import dataclasses
 
 from experiments.tasks.config import MQARConfig, SelectivBenchConfig, TaskConfig
@@ -15,7 +15,7 @@ PANELS = {  # of the plot, for the kinds of SelectivBench
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """What a model is tested on."""
+    """A source that models are tested on; one column of the table."""
 
     name: str       # unique among the columns of an experiment
     panel: str      # of the plot, with columns that differ in x alone

@@ -157,7 +157,7 @@ def _optimizer_config(config: TaskConfig) -> OptimizerConfig:
 
 
 def symbols_per_second(source: Source, batch_size: int, *, repeats: int = 5) -> float:
-    """How fast sequences are made, by the fastest of some calls; steps of a gap are no symbols."""
+    """Measures how fast sequences are made, by the fastest of some calls; steps of a gap are not symbols."""
     key = split_key(0, "train")
     draw = jax.jit(partial(sample_batch, (source,), 0, key, batch_size=batch_size))
     seconds = []

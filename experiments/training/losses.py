@@ -1,4 +1,4 @@
-"""What training minimises: the surprise of the next byte, and per stage the distance from its compression."""
+"""Losses of training: the surprise of the next byte, and per stage the distance from its compression."""
 import math
 from typing import Any
 
@@ -34,7 +34,7 @@ def apply_model(model: HNetLM, params: Any, batch: Batch) -> HNetOutput:
 
 
 def tokens_per_chunk(config: RunConfig, step: jax.Array) -> jax.Array:
-    """What the ratio loss of each stage that chunks aims at in a step: [stages - 1] float32.
+    """Returns the compression that each ratio loss aims at in a step: [stages - 1] float32.
 
     From low to high compression, where a schedule is set: linear in the steps (after arXiv 2605.30080).
     """

@@ -1,4 +1,4 @@
-"""What in the metrics of a step forbids to go on."""
+"""Detects metrics that must stop training."""
 import math
 
 from experiments.config import RunConfig

@@ -71,7 +71,7 @@ class KVUpdate(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """Where new tokens stand, seen from a cache: see `place`."""
+    """Places of new tokens relative to those of a cache: see `place`."""
 
     positions: jax.Array  # [b, t] int32: place of each token in its segment; -1 at padding
     segments: jax.Array   # [b, t] int32: 1 for the first segment among the new tokens, then 2, ...; 0 at padding

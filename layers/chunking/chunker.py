@@ -19,7 +19,7 @@ Downsampler = Literal["first", "mean", "mean_sqrt_length", "max", "last", "atten
 
 
 class ChunkInfo(NamedTuple):
-    """Where the chunks of a batch begin: what a network on them and the losses need."""
+    """Beginnings of the chunks of a batch, for a network on the chunks and for the losses."""
 
     partition: Partition
     boundary_prob: jax.Array  # [b, t] float32; a chunk begins where it is above 1/2

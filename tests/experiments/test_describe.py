@@ -1,4 +1,4 @@
-"""What a config costs, told without running it: numbers counted by hand, and tables that line up."""
+"""Costs of a config without running it: numbers counted by hand, and tables that line up."""
 import json
 import resource
 

@@ -1,4 +1,4 @@
-"""How many chunk slots there are must not matter, but for memory, unless it is said to."""
+"""The number of chunk slots changes memory alone, unless boundaries are demoted on purpose."""
 import dataclasses
 
 import jax
@@ -117,7 +117,7 @@ def test_all_devices_grow_alike_and_each_packs_its_own_rows(packed, full):
 
 
 def _temporary_bytes(**stage_fields) -> int:
-    """Of the gradient of a model whose inner stage does nearly all the work."""
+    """Measures the gradient of a model whose inner stage does nearly all the work."""
     inner = make_stage(width=64, encoder="T4", num_heads=2, feed_forward_width=128)
     stages = (CONFIG.stages[0].with_chunking(**stage_fields), inner)
     config = HNetConfig(stages=stages, vocab_size=61)

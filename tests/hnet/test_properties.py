@@ -1,4 +1,4 @@
-"""What must hold for any weights: causality, independence of rows and segments, exactness of capacity."""
+"""Properties that hold for any weights: causality, independence of rows and segments, exactness of capacity."""
 import dataclasses
 
 import jax

@@ -322,7 +322,7 @@ def _dkv_kernel(
 
 
 def _sharing(settings: Settings, width: int) -> str:
-    """What the consumers of dk and dv share out among them, so that each has registers for its sums.
+    """Chooses how consumers divide the work on dk and dv, so that each has registers for its sums.
 
     Keys, 64 each, if there are so many; else queries, whose two parts of a gradient are added later. Of wide heads
     one consumer has room for dk, the other for dv: some products are then computed twice.
@@ -384,7 +384,7 @@ class _Inputs(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """What a thread block works on."""
+    """The work of one thread block."""
 
     row: jax.Array
     list: jax.Array   # a query head, or all those that share keys and list
@@ -403,7 +403,7 @@ class _Place(NamedTuple):
                    inputs.q.shape[1] // num_lists)
 
     def in_array(self, x) -> tuple:
-        """Where x [b or 1, m, ...] has what belongs to this row and list."""
+        """Returns the indices at which x [b or 1, m, ...] has the data of this row and list."""
         return self.row if x.shape[0] > 1 else 0, lax.div(self.list, self.num_lists // x.shape[1])
 
 
@@ -486,7 +486,7 @@ def _query_ring(inputs: _Inputs, *, fixed_tokens: int) -> _Ring:
 
 
 def _num_slots(width: int, fixed_tokens: int, tokens_per_slot: int) -> int:
-    """Of a ring, beside what stays in shared memory; both in vectors of bfloat16."""
+    """Counts the slots of a ring that fit beside the fixed tokens in shared memory; both are bfloat16."""
     room = TILE_MEMORY_BYTES // (2 * width)
     return min(MAX_SLOTS, (room - fixed_tokens) // tokens_per_slot)
 
@@ -634,7 +634,7 @@ def _as_consumer(body: Callable) -> None:
 
 
 def _tile_memory(*shape: int):
-    """Of bfloat16, laid out as wgmma reads it."""
+    """Makes shared memory of bfloat16, laid out as wgmma reads it."""
     return plgpu.SMEM(
         shape, jnp.bfloat16, transforms=(plgpu.TilingTransform((8, WIDTH_STEP)), plgpu.SwizzleTransform(128)))
 

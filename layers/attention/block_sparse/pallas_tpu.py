@@ -192,13 +192,13 @@ class _Call:
         )(self.work.reshape(-1), *(x for x, _ in inputs))
 
     def head(self, grid_ids) -> jax.Array:
-        """Of queries."""
+        """Returns the query head of a grid step."""
         if self.by_queries:
             return grid_ids[1]
         return grid_ids[1] * (self.num_heads // self.num_lists) + grid_ids[3]
 
     def address(self, grid_ids) -> jax.Array:
-        """Where the list of a grid step begins in the flat work list."""
+        """Returns the place in the flat work list at which the list of a grid step begins."""
         rows, lists, room = self.work.shape
         row = grid_ids[0] if rows > 1 else 0
         return (row * lists + _share(self.head(grid_ids), self.num_heads // lists)) * room
@@ -230,7 +230,7 @@ class _Call:
 
 
 class _Step(NamedTuple):
-    """Where a kernel is: its tile, and whether the result that it adds to begins or ends here."""
+    """The tile of a grid step, and whether the result that it adds to begins or ends there."""
 
     kind: jax.Array
     key_block: jax.Array

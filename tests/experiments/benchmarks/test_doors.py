@@ -1,4 +1,4 @@
-"""How deep a layer's arithmetic lies; in a process of its own, as functions traced before are not called again."""
+"""The depth of a layer's arithmetic; in a process of its own, as functions traced before are not called again."""
 import subprocess
 import sys
 from pathlib import Path

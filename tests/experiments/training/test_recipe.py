@@ -1,4 +1,4 @@
-"""What a recipe adds to the plain step: ratio objectives, schedules, masked losses, averages, starts, overflow."""
+"""Additions of a recipe to the plain step: ratio objectives, schedules, masked losses, averages, overflow."""
 import dataclasses
 import re
 from pathlib import Path

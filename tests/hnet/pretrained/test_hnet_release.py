@@ -102,7 +102,7 @@ def test_loading_is_linear():
 
 
 class FakeTorchTensor:
-    """What this module uses of a torch tensor, bfloat16 included, which numpy does not know."""
+    """The part of a torch tensor that this module uses, bfloat16 included, which numpy lacks."""
 
     def __init__(self, array, itemsize):
         self.array, self.dtype = array, type("dtype", (), {"itemsize": itemsize})

@@ -1,4 +1,4 @@
-"""What surrounds the implementations: transformations, dispatch, shapes that do not fit, and debugging."""
+"""Transformations, dispatch, shapes that do not fit, and debugging, for all implementations."""
 import dataclasses
 import logging
 from functools import partial
