@@ -8,6 +8,10 @@ from typing import NamedTuple
 
 import pytest
 
+from experiments.config import RunConfig
+from experiments.config.files import load_config
+from experiments.tasks.config import TaskConfig
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 EXAMPLE_LINES = 40  # the worked examples of CONTRIBUTING.md are shorter
@@ -76,6 +80,17 @@ def test_named_modules_configs_and_make_targets_exist(page):
             assert not unknown, f"{page.name} names configs that are not there: {unknown}"
         for target in re.findall(r"^make ([\w-]+)", line):
             assert target in targets, f"{page.name}: make {target} is not there"
+
+
+@by_name(PAGES)
+def test_fields_set_in_commands_exist(page):
+    """Loads the config that a command names, or else the quick start's, with the fields that it sets."""
+    for line in commands(page):
+        overrides = re.findall(r"--config\.[\w.]+=(?:'[^']*'|\S+)", line)
+        name = re.search(r"--config=(\w+)", line)
+        kind = TaskConfig if "experiments.tasks" in line else RunConfig
+        if overrides:
+            load_config(name[1] if name else "quickstart", [each.replace("'", "") for each in overrides], kind)
 
 
 def test_the_readme_is_one_screen():
