@@ -34,7 +34,7 @@ LIMITS = {"float32": 2e-6, "bfloat16": 5e-3}  # a rounding to bfloat16 costs abo
 
 
 class Check(NamedTuple):
-    """An op on some inputs: `run(implementation, *inputs)` returns an array, with gradients in all inputs."""
+    """An op with its inputs: `run(implementation, *inputs)` returns an array, with gradients in all inputs."""
 
     op: str
     case: str
@@ -63,11 +63,11 @@ def main(argv: list[str]) -> None:
                 print(".", end="", flush=True)
     print("\n" + "\n".join(aligned(rows, left=(0, 1, 2, 3, 6))))
     if failed:
-        sys.exit("an implementation is not what its reference says: please report this table")
+        sys.exit("an implementation differs from its reference: please report this table")
 
 
 def checks(platform: str) -> Iterator[Check]:
-    """What there is to check on a platform: kernels only where they run natively."""
+    """Yields the checks for a platform; kernels are checked only where they run natively."""
     kernels = {"tpu": ("pallas_tpu",), "gpu": ("pallas_gpu",)}.get(platform, ())
     draw = np.random.default_rng(0)
     yield from _attention_checks(draw, ("xla", *kernels, "auto"))
@@ -80,7 +80,7 @@ def _normal(draw: np.random.Generator, *shape: int) -> jax.Array:
 
 
 def _hostile_gates(draw: np.random.Generator, *shape: int) -> jax.Array:
-    """Logs of decays of which a tenth are shut, and as many wide open."""
+    """Draws logs of decays of which a tenth are shut, and as many wide open."""
     gates, shares = [-60.0, -1e-7, -0.1, -1.0, -3.0], [0.1, 0.1, 0.3, 0.3, 0.2]
     return jnp.asarray(draw.choice(gates, shape, p=shares), jnp.float32)
 
@@ -171,7 +171,7 @@ def _vector_state_checks(draw: np.random.Generator, implementations: tuple[str, 
 
 
 def errors_of(check: Check, dtype: str) -> Iterator[tuple[str, tuple[float, float] | str]]:
-    """For each implementation, relative RMS errors of values and of gradients, or why it cannot run."""
+    """Yields, per implementation, relative RMS errors of values and of gradients, or why it cannot run."""
     rounded = [x.astype(dtype) for x in check.inputs]
     exact = [x.astype(jnp.float32) for x in rounded]
 

@@ -1,13 +1,13 @@
-"""Times recurrences with a gradient: the chunkwise form against the scan over tokens that the equation says.
+"""Times recurrences with a gradient: the chunkwise form against the scan over tokens of the equation.
 
   python -m experiments.benchmarks.recurrences [--outdir=docs/benchmarks] [--repeats=5]
 
 2 rows of 2048 tokens, 4 heads with states of 64 x 64; and a diagonal state of 512 channels in 4 rows of 4096
-tokens, for which the other way is jax.lax.associative_scan. `over_reference` is the time over that of the scan in
-the same pass: below 1 is faster. `temporary_mib` is what XLA sets aside beside inputs and outputs.
+tokens, for which the alternative is jax.lax.associative_scan. `over_reference` is the time over that of the scan
+in the same pass: below 1 is faster. `temporary_mib` is the memory XLA allocates besides inputs and outputs.
 
-On a GPU or TPU also the kernels; and that for diagonal states in 8 rows of 4096 tokens with 2048 channels: GB/s of
-the bytes that must be moved, and the time over that of a pass which only adds and moves as many.
+On a GPU or TPU it also times the kernels; and, for diagonal states in 8 rows of 4096 tokens with 2048 channels, it
+gives GB/s of the bytes that must be moved, and the time over that of a pass which only adds and moves as many.
 """
 import functools
 import time
@@ -47,19 +47,19 @@ def main(argv: list[str]) -> None:
 
 
 def recurrences() -> dict[str, tuple[Callable, tuple[jax.Array, ...], tuple[str, ...]]]:
-    """For each op: a function of an implementation and inputs, those inputs, and its implementations."""
+    """Returns per op a function of an implementation and inputs, those inputs, and its implementations."""
     rng = np.random.default_rng(0)
 
     def normal(*shape: int) -> jax.Array:
         return jnp.asarray(rng.standard_normal(shape, np.float32))
 
-    def unit(x: jax.Array) -> jax.Array:
+    def l2_normalize(x: jax.Array) -> jax.Array:
         return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
     shape = (ROWS, TOKENS, HEADS)
-    q, k, v = normal(*shape, WIDTH), unit(normal(*shape, WIDTH)), normal(*shape, WIDTH)
-    beta, of_head = jax.nn.sigmoid(normal(*shape)), jax.nn.log_sigmoid(normal(*shape) + 2)
-    of_channel = jax.nn.log_sigmoid(normal(*shape, WIDTH) + 2)
+    q, k, v = normal(*shape, WIDTH), l2_normalize(normal(*shape, WIDTH)), normal(*shape, WIDTH)
+    beta, head_decay = jax.nn.sigmoid(normal(*shape)), jax.nn.log_sigmoid(normal(*shape) + 2)
+    channel_decay = jax.nn.log_sigmoid(normal(*shape, WIDTH) + 2)
     ways = ("reference", "chunkwise", *_kernels())
 
     def attention(implementation, q, k, v, decay):
@@ -75,18 +75,18 @@ def recurrences() -> dict[str, tuple[Callable, tuple[jax.Array, ...], tuple[str,
         return diagonal_recurrence(x, log_a=log_a, implementation=implementation)[0]
 
     return {
-        "ssd": (attention, (q, k, v, of_head), ways),
-        "gla": (attention, (q, k, v, of_channel), ways),
-        "gated_delta_rule": (delta, (q, k, v, beta, of_head), ways),
-        "kda": (delta, (q, k, v, beta, of_channel), ways),
-        "rwkv7": (rwkv7, (q, of_channel, k, v, -k, k * beta[..., None]), ways),
+        "ssd": (attention, (q, k, v, head_decay), ways),
+        "gla": (attention, (q, k, v, channel_decay), ways),
+        "gated_delta_rule": (delta, (q, k, v, beta, head_decay), ways),
+        "kda": (delta, (q, k, v, beta, channel_decay), ways),
+        "rwkv7": (rwkv7, (q, channel_decay, k, v, -k, k * beta[..., None]), ways),
         "diagonal": (diagonal, (normal(*DIAGONAL_SHAPE), jax.nn.log_sigmoid(normal(*DIAGONAL_SHAPE) + 2)),
                      ("reference", "associative")),
     }
 
 
 def _kernels() -> tuple[str, ...]:
-    """Of this platform."""
+    """Names the kernels that this platform has."""
     return {"tpu": ("pallas_tpu",), "gpu": ("pallas_gpu",)}.get(jax.devices()[0].platform, ())
 
 
@@ -114,7 +114,7 @@ def measure(
 def diagonal_bandwidth(
     implementations: tuple[str, ...], shape: tuple[int, int, int], dtype: str, repeats: int
 ) -> list[dict[str, Any]]:
-    """Times the diagonal recurrence, alone and with its gradient, beside passes that move the same bytes."""
+    """Times the diagonal recurrence, alone and with its gradient, next to passes that move the same bytes."""
     rng = np.random.default_rng(0)
     x, log_a, dy, y = (jnp.asarray(rng.standard_normal(shape, np.float32)).astype(dtype) for _ in range(4))
     inputs = x, -jnp.abs(log_a), dy, y

@@ -8,8 +8,13 @@ import numpy as np
 from tests.support.assertions import GOLDEN_LIMIT, assert_golden, golden
 
 
+def golden_cases(name: str) -> list[str]:
+    """Returns the names of the cases in a file."""
+    return sorted({key.split(".")[0] for key in golden(name) if "." in key})
+
+
 def golden_case(name: str, case: str) -> dict[str, np.ndarray]:
-    """The arrays of one case, under their names in it."""
+    """Returns the arrays of one case, under their names in it."""
     return {key.removeprefix(f"{case}."): z for key, z in golden(name).items() if key.startswith(f"{case}.")}
 
 

@@ -1,4 +1,4 @@
-"""Compiles GPU kernels for an H200 on a machine that has none, and reads what the assembler says of them.
+"""Compiles GPU kernels for an H200 on a machine that has none, and reads the assembler's report on them.
 
 Needs jax's CUDA plugin of the same version as jax, without a GPU or its driver, and CUDA's assembler, ptxas:
 
@@ -86,7 +86,7 @@ def compile_for_h200(function: Callable, *shapes: Any) -> dict[str, KernelReport
 
 
 def compile_triton_for_h200(function: Callable, *shapes: Any) -> dict[str, KernelReport]:
-    """As `compile_for_h200`, for a function whose kernels are of Pallas's Triton."""
+    """Compiles a function whose kernels are of Pallas's Triton, as `compile_for_h200` does."""
     with tempfile.TemporaryDirectory() as folder:
         _compile(function, shapes, {
             "xla_dump_to": folder, "xla_dump_emitter_re": ".*", "xla_gpu_dump_llvmir": True})

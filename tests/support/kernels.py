@@ -1,4 +1,4 @@
-"""How Pallas kernels are checked without their hardware. A kernel gets all of it from one entry in KERNELS.
+"""Checks of Pallas kernels without their hardware; one entry in KERNELS gives a kernel all of them.
 
   interpreted on CPU         with the other implementations, in the test matrix of its op (TPU, Triton)
   TPU interpreter            semaphores, memory spaces, blocks out of range and races between cores, as on a chip
@@ -144,7 +144,7 @@ class DiagonalCase(NamedTuple):
 
 
 def _diagonal(platform: str, small: DiagonalCase, large: DiagonalCase, **keywords: Any) -> Kernel:
-    def of(implementation, inputs, interpret):
+    def run(implementation, inputs, interpret):
         others = dict(inputs)
         ids, dy, d_last = others.pop("segment_ids", None), others.pop("dy"), others.pop("d_last")
         results, pull_back = jax.vjp(lambda arrays: diagonal_recurrence(
@@ -153,8 +153,8 @@ def _diagonal(platform: str, small: DiagonalCase, large: DiagonalCase, **keyword
         return jax.tree.map(lambda z: (jnp.real(z), jnp.imag(z)), (results, pull_back((dy, d_last))))
 
     kernel = {"tpu": "pallas_tpu", "triton": "pallas_gpu"}[platform]
-    return Kernel(platform, lambda inputs, interpret: of(kernel, inputs, interpret),
-                  lambda inputs: of("reference", inputs, False), small.draw, large.draw, **keywords)
+    return Kernel(platform, lambda inputs, interpret: run(kernel, inputs, interpret),
+                  lambda inputs: run("reference", inputs, False), small.draw, large.draw, **keywords)
 
 
 KERNELS |= {
@@ -176,10 +176,10 @@ class MatrixCase(NamedTuple):
     """Inputs of a matrix recurrence: the gated delta rule, without beta linear attention, or RWKV-7 (`rule`)."""
 
     rule: str
-    of_channels: bool = False  # the decay
+    decay_per_channel: bool = False
     b: int = 1
     t: int = 40
-    groups: int = 1            # of heads that share queries and keys
+    key_heads: int = 1         # each shared by equally many value heads
     heads: int = 2
     width: int = 8
     value_width: int = 12
@@ -187,10 +187,10 @@ class MatrixCase(NamedTuple):
 
     def draw(self) -> dict[str, jax.Array]:
         draw, shape = Draw(0), (self.b, self.t, self.heads)
-        groups = self.heads if self.rule == "rwkv7" else self.groups
-        keys = draw(self.b, self.t, groups, self.width)
+        key_heads = self.heads if self.rule == "rwkv7" else self.key_heads
+        keys = draw(self.b, self.t, key_heads, self.width)
         keys = keys / jnp.linalg.norm(keys, axis=-1, keepdims=True)
-        decay = -3 * jnp.abs(draw(*shape, self.width) if self.of_channels else draw(*shape))
+        decay = -3 * jnp.abs(draw(*shape, self.width) if self.decay_per_channel else draw(*shape))
         inputs = dict(q=draw(*keys.shape, dtype=self.dtype), k=keys.astype(self.dtype),
                       v=draw(*shape, self.value_width, dtype=self.dtype), decay=decay,
                       initial_state=draw(self.b, self.heads, self.width, self.value_width))
@@ -200,7 +200,7 @@ class MatrixCase(NamedTuple):
 
 
 def _matrix(platform: str, small: MatrixCase, large: MatrixCase, **keywords: Any) -> Kernel:
-    def of(inputs, **keywords):
+    def recur(inputs, **keywords):
         q, k, v, decay = (inputs[name] for name in ("q", "k", "v", "decay"))
         keywords["initial_state"] = inputs["initial_state"]
         if small.rule == "attention":
@@ -212,7 +212,7 @@ def _matrix(platform: str, small: MatrixCase, large: MatrixCase, **keywords: Any
     @functools.partial(jax.jit, static_argnums=(1, 2))
     def run(inputs, implementation, interpret):
         results, pull_back = jax.vjp(
-            functools.partial(of, implementation=implementation, interpret=interpret), inputs)
+            functools.partial(recur, implementation=implementation, interpret=interpret), inputs)
         return results, pull_back(results)
 
     kernel = {"tpu": "pallas_tpu", "triton": "pallas_gpu"}[platform]
@@ -220,8 +220,8 @@ def _matrix(platform: str, small: MatrixCase, large: MatrixCase, **keywords: Any
                   lambda inputs: run(inputs, "reference", False), small.draw, large.draw, **keywords)
 
 
-_WIDE = dict(b=2, t=4096, groups=8, heads=8, width=128, value_width=128, dtype="bfloat16")
-_NARROW = dict(b=2, t=1000, groups=2, heads=8, width=64, value_width=64)
+_WIDE = dict(b=2, t=4096, key_heads=8, heads=8, width=128, value_width=128, dtype="bfloat16")
+_NARROW = dict(b=2, t=1000, key_heads=2, heads=8, width=64, value_width=64)
 KERNELS |= {
     "matrix_recurrence, decays of heads": _matrix(
         "tpu", MatrixCase("attention", t=70, heads=1), MatrixCase("attention", **_WIDE)),
