@@ -1,5 +1,6 @@
 """Attention: the one function for dense, windowed, cached and block-sparse callers."""
 import importlib
+import math
 from types import ModuleType
 from typing import Any, Literal
 
@@ -10,10 +11,12 @@ import numpy as np
 from layers.array_types import Array, Bool, Float, Int, typed
 from layers.attention.attended import Attended, add_sinks
 from layers.attention.block_lists import BlockLists
+from layers.attention.block_sparse import attend_to_blocks
 from layers.attention.dense import attend_dense, attend_reference
 from layers.attention.mask import CAUSAL, SAME_SEGMENT, Mask, TokenInfo, check_tokens, pairs, token_info
 
 Implementation = Literal["auto", "reference", "xla", "cudnn", "tokamax", "pallas_tpu", "pallas_gpu"]
+DEFAULT_MASK = CAUSAL & SAME_SEGMENT
 DENSE, SPARSE = ("reference", "xla", "cudnn", "tokamax"), ("reference", "xla", "pallas_tpu", "pallas_gpu")
 
 
@@ -23,7 +26,7 @@ def attend(
     k: Float[Array, "b s n k"],
     v: Float[Array, "b s n v"],
     *,
-    mask: Mask = CAUSAL & SAME_SEGMENT,
+    mask: Mask = DEFAULT_MASK,
     q_tokens: TokenInfo | None = None,
     kv_tokens: TokenInfo | None = None,
     blocks: BlockLists | None = None,
@@ -68,28 +71,29 @@ def attend(
       NotImplementedError: the implementation asked for lacks this case; the message says why.
     """
     reads_lse = sinks is not None or kv_tokens is not None  # keys of a cache: a branch to be merged
-    q_tokens, kv_tokens = _check(q, k, mask, q_tokens, kv_tokens, softcap, sinks, implementation, blocks)
+    q_tokens, kv_tokens = _check(q, k, mask, q_tokens, kv_tokens, softcap, implementation, blocks)
     if not padding_is_finite:
         q = _without_padding(q, q_tokens)
         k, v = _without_padding(k, kv_tokens), _without_padding(v, kv_tokens)
         key_bias = None if key_bias is None else jnp.where(kv_tokens.segment != 0, key_bias, 0)
-    if blocks is None:
-        allowed = pairs(mask, q_tokens, kv_tokens)
-        if implementation == "reference":
-            scale = q.shape[-1] ** -0.5 if scale is None else scale
-            attended = attend_reference(q, k, v, allowed, key_bias=key_bias, scale=scale, cap=softcap)
-        else:
-            attended = attend_dense(
-                q, k, v, allowed, key_bias=key_bias, scale=scale, cap=softcap, reads_lse=reads_lse,
-                implementation="xla" if implementation == "auto" else implementation)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    if blocks is not None:
+        attended = attend_to_blocks(
+            q, k, v, blocks, mask=mask, q_tokens=q_tokens, kv_tokens=kv_tokens, key_bias=key_bias, scale=scale,
+            softcap=softcap, implementation=implementation, interpret=interpret)
+    elif implementation == "reference":
+        attended = attend_reference(
+            q, k, v, pairs(mask, q_tokens, kv_tokens), key_bias=key_bias, scale=scale, cap=softcap)
     else:
-        raise NotImplementedError
+        attended = attend_dense(
+            q, k, v, pairs(mask, q_tokens, kv_tokens), key_bias=key_bias, scale=scale, cap=softcap,
+            reads_lse=reads_lse, implementation="xla" if implementation == "auto" else implementation)
     return attended if sinks is None else add_sinks(*attended, sinks)
 
 
 def _check(
     q: jax.Array, k: jax.Array, mask: Mask, q_tokens: TokenInfo | None, kv_tokens: TokenInfo | None,
-    softcap: float | None, sinks: jax.Array | None, implementation: str, blocks: BlockLists | None,
+    softcap: float | None, implementation: str, blocks: BlockLists | None,
 ) -> tuple[TokenInfo, TokenInfo]:
     """Checks how the arguments fit each other, and returns the tokens with their defaults filled in."""
     batch, num_queries, num_heads, _ = q.shape
@@ -99,8 +103,6 @@ def _check(
             f"q has {num_heads} heads, which is not a multiple of the {num_key_heads} heads of k and v")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap {softcap} must be None or above 0")
-    if sinks is not None and sinks.shape != (num_heads,):
-        raise ValueError(f"sinks has shape {list(sinks.shape)}; one per query head, [{num_heads}], fits")
     kinds = DENSE if blocks is None else SPARSE
     if implementation != "auto" and implementation not in kinds:
         raise NotImplementedError(

@@ -32,7 +32,7 @@ def attend_reference(
 @typed
 def attend_dense(
     q: Float[Array, "b t h k"], k: Float[Array, "b s n k"], v: Float[Array, "b s n v"],
-    allowed: Bool[Array, "r p t s"], *, key_bias: KeyBias = None, scale: float | None = None,
+    allowed: Bool[Array, "r p t s"], *, key_bias: KeyBias = None, scale: float,
     cap: float | None = None, reads_lse: bool = False, implementation: str = "xla",
 ) -> Attended:
     """Runs attention over allowed pairs with matmuls in the input dtype and the softmax in float32.
@@ -49,12 +49,12 @@ def attend_dense(
         return _attend_xla(q, k, v, allowed, key_bias, scale, cap)
     mask = allowed if allowed.shape[1] == 1 else jnp.repeat(allowed, q.shape[2] // allowed.shape[1], axis=1)
     if implementation == "tokamax":
-        o = _tokamax().dot_product_attention(q, k, v, mask=mask, **({} if scale is None else {"scale": scale}))
+        o = _tokamax().dot_product_attention(q, k, v, mask=mask, scale=scale)
     else:
         o = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation=implementation)
     o = jnp.where(jnp.any(mask, axis=-1).swapaxes(1, 2)[..., None], o, 0)
     # Where nobody reads it, the compiler leaves this out.
-    _, lse = _softmax(_scores_as_jax_nn(q, k) * _scale(q, scale), allowed[:, :, None])
+    _, lse = _softmax(_scores_as_jax_nn(q, k) * scale, allowed[:, :, None])
     return Attended(o, lse.reshape(q.shape[0], q.shape[2], q.shape[1]))
 
 
@@ -70,7 +70,7 @@ def lacking(implementation: str, has_key_bias: bool, has_cap: bool, widths_diffe
 def _attend_xla(q, k, v, allowed, key_bias, scale, cap) -> Attended:
     queries = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
     scores = jnp.einsum("btngk,bsnk->bngts", queries, k, preferred_element_type=jnp.float32)
-    scores, _ = softcap(scores * _scale(q, scale), cap)
+    scores, _ = softcap(scores * scale, cap)
     if key_bias is not None:
         scores += key_bias.astype(jnp.float32)[:, :, None, None]
     weights, lse = _softmax(scores, allowed[:, :, None])
@@ -87,10 +87,6 @@ def _scores_as_jax_nn(q: jax.Array, k: jax.Array) -> jax.Array:
         return jnp.einsum("btnk,bsnk->bnts", queries, k, precision=precision, preferred_element_type=jnp.float32)
 
     return jax.vmap(scores, in_axes=3, out_axes=2)(queries)
-
-
-def _scale(q: jax.Array, scale: float | None) -> float:
-    return q.shape[-1] ** -0.5 if scale is None else scale
 
 
 def _softmax(scores: jax.Array, allowed: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -24,8 +24,18 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from layers.attention.block_sparse.tiles import ALL, NOTHING, Settings, Sizes, Tiles, transpose
-from layers.attention.mask_spec import SELECT_BITS, is_selected, may_attend
+from layers.attention.block_lists import BITS_PER_WORD, is_selected
+from layers.attention.block_sparse.tiles import (
+    ALL,
+    NOTHING,
+    AttentionSettings,
+    Sizes,
+    Tiles,
+    lacks_in_kernels,
+    transpose,
+)
+from layers.attention.mask import TokenInfo, may_attend
+from layers.attention.softcap import bend
 
 try:
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -45,8 +55,11 @@ LOG2_E = math.log2(math.e)
 HOPPERS = ("H100", "H200", "H800", "H20", "GH200")
 
 
-def unsupported(settings: Settings, sizes: Sizes) -> str | None:
-    """Why the kernel cannot run such a call; None if it can."""
+def unsupported(settings: AttentionSettings, sizes: Sizes) -> str | None:
+    """Says why the kernel cannot run such a call; None if it can."""
+    lacks = lacks_in_kernels(settings, sizes)
+    if lacks is not None:
+        return lacks
     if not hasattr(plgpu, "InterpretGPUParams"):
         return f"jax {jax.__version__} is too old, or made without Mosaic GPU; 0.11 has what the kernel needs"
     if sizes.dtype != jnp.bfloat16:
@@ -84,20 +97,21 @@ def _other_than_hopper() -> str | None:
 
 
 def forward(
-    settings: Settings, q: jax.Array, k: jax.Array, v: jax.Array, tiles: Tiles
+    settings: AttentionSettings, q: jax.Array, k: jax.Array, v: jax.Array, tiles: Tiles
 ) -> tuple[jax.Array, jax.Array]:
     """q [b, T, h, k], k [b, S, n, k], v [b, S, n, v] -> o [b, T, h, v] in v's dtype, lse [b, h, T] float32."""
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     value_width = v.shape[-1]
     q, k, v = _same_width(q, k, v)
     lists = _Lists.of(tiles.ids, tiles.kinds)
-    inputs = _Inputs(q, k, v, lists, tiles.q_rows, tiles.kv_rows, tiles.row_select)
+    inputs = _Inputs(q, k, v, lists, tiles.q_tokens[:, 0], tiles.kv_tokens[:, 0], tiles.rows)
     batch, num_heads, num_queries, width = q.shape
     o, lse = _launch(
         _forward_kernel, settings, inputs, grid=(num_heads, num_queries // BLOCK_Q, batch),
         outputs=(jax.ShapeDtypeStruct(q.shape, v.dtype), jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)),
         shared=dict(
-            q_smem=_tile_memory(CONSUMERS, ROWS, width), q_rows_smem=_row_memory(jnp.int32, CONSUMERS, 2, ROWS),
+            q_smem=_tile_memory(CONSUMERS, ROWS, width),
+            q_tokens_smem=_row_memory(jnp.int32, CONSUMERS, inputs.num_fields, ROWS),
             lse_smem=_row_memory(jnp.float32, CONSUMERS, ROWS),
             q_barrier=plgpu.Barrier(num_barriers=CONSUMERS, num_arrivals=2), turn=plgpu.Barrier(num_arrivals=2),
             **_key_rings(settings, inputs, fixed_tokens=BLOCK_Q)))
@@ -105,7 +119,7 @@ def forward(
 
 
 def backward(
-    settings: Settings, q: jax.Array, k: jax.Array, v: jax.Array, tiles: Tiles,
+    settings: AttentionSettings, q: jax.Array, k: jax.Array, v: jax.Array, tiles: Tiles,
     lse: jax.Array, delta: jax.Array, do: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients of q, k and v; delta = sum(o do) - dlse over the values, float32 [b, h, T]."""
@@ -115,14 +129,14 @@ def backward(
     # What has lse = -inf sees nothing: all its pairs are forbidden, whatever the number here.
     statistics = jnp.stack([jnp.where(lse == -jnp.inf, 0, lse * LOG2_E), delta], axis=2)
     lists = _Lists.of(tiles.ids, tiles.kinds)
-    inputs = _Inputs(q, k, v, lists, tiles.q_rows, tiles.kv_rows, tiles.row_select, statistics, do)
+    inputs = _Inputs(q, k, v, lists, tiles.q_tokens[:, 0], tiles.kv_tokens[:, 0], tiles.rows, statistics, do)
     (batch, num_heads, num_queries, width), (num_key_heads, num_keys) = q.shape, k.shape[1:3]
     (dq,) = _launch(
         _dq_kernel, settings, inputs, grid=(num_heads, num_queries // BLOCK_Q, batch),
         outputs=(jax.ShapeDtypeStruct(q.shape, q.dtype),),
         shared=dict(
             q_smem=_tile_memory(CONSUMERS, ROWS, width), do_smem=_tile_memory(CONSUMERS, ROWS, width),
-            q_rows_smem=_row_memory(jnp.int32, CONSUMERS, 2, ROWS),
+            q_tokens_smem=_row_memory(jnp.int32, CONSUMERS, inputs.num_fields, ROWS),
             statistics_smem=_row_memory(jnp.float32, CONSUMERS, 2, ROWS),
             q_barrier=plgpu.Barrier(num_barriers=CONSUMERS, num_arrivals=4),
             **_key_rings(settings, inputs, fixed_tokens=2 * BLOCK_Q)))
@@ -136,7 +150,8 @@ def backward(
         _dkv_kernel, settings, inputs, grid=(num_lists, num_keys // block, batch), outputs=(shape, shape),
         shared=dict(
             k_smem=_tile_memory(block, width), v_smem=_tile_memory(block, width),
-            kv_rows_smem=_row_memory(jnp.int32, 2, block), k_barrier=plgpu.Barrier(num_arrivals=3),
+            kv_tokens_smem=_row_memory(jnp.int32, inputs.num_fields, block),
+            k_barrier=plgpu.Barrier(num_arrivals=3),
             queries=_query_ring(inputs, fixed_tokens=2 * block)))
 
     def summed(gradient, used):  # over parts, and over query heads that share keys and not their list
@@ -147,7 +162,8 @@ def backward(
 
 
 def _forward_kernel(
-    settings: Settings, inputs: "_Inputs", outputs, *, q_smem, q_rows_smem, lse_smem, q_barrier, turn, keys, values
+    settings: AttentionSettings, inputs: "_Inputs", outputs, *,
+    q_smem, q_tokens_smem, lse_smem, q_barrier, turn, keys, values,
 ):
     place = _Place.of_queries(inputs)
     tiles = inputs.lists.at(place)
@@ -158,11 +174,11 @@ def _forward_kernel(
 
     @_as_consumer
     def _(me):
-        (o_ref, lse_ref), q_ref, q_rows = outputs, q_smem.at[me], q_rows_smem.at[me]
+        (o_ref, lse_ref), q_ref, q_tokens = outputs, q_smem.at[me], q_tokens_smem.at[me]
         queries = pl.ds(place.block * BLOCK_Q + me * ROWS, ROWS)
         mine = place.row, place.list, queries
         _fetch(q_barrier.at[me], (inputs.q.at[mine], q_ref),
-               (inputs.q_rows.at[place.row, :, queries], q_rows))
+               (inputs.q_tokens.at[place.row, :, queries], q_tokens))
         plgpu.barrier_wait(q_barrier.at[me])
 
         # The consumers take turns, half a step apart: one computes weights while matmuls of the other run.
@@ -173,7 +189,7 @@ def _forward_kernel(
         def attend(step, carry, *, is_masked):
             highest, total, acc = carry
             slot = keys.wait(step)
-            key_ref, kv_rows, *select = (buffer.at[slot] for buffer in keys.buffers)
+            key_ref, kv_tokens, *select = (buffer.at[slot] for buffer in keys.buffers)
 
             def issue(scores_ref):
                 plgpu.wgmma(scores_ref, q_ref, key_ref.transpose((1, 0)))
@@ -184,7 +200,7 @@ def _forward_kernel(
             scores, factor, _ = _bend(settings, scores)
             if is_masked:
                 select = [words.at[pl.ds(me * ROWS, ROWS)] for words in select]
-                allowed = _allowed(settings, scores.shape, 0, q_rows, kv_rows, select, tiles.block(step))
+                allowed = _allowed(settings, scores.shape, 0, q_tokens, kv_tokens, select, tiles.block(step))
                 scores = jnp.where(allowed, scores, -jnp.inf)
             keys.release(slot)
             new_highest = jnp.maximum(highest, factor * jnp.max(scores, axis=1))
@@ -216,8 +232,8 @@ def _forward_kernel(
 
 
 def _dq_kernel(
-    settings: Settings, inputs: "_Inputs", outputs, *,
-    q_smem, do_smem, q_rows_smem, statistics_smem, q_barrier, keys, values,
+    settings: AttentionSettings, inputs: "_Inputs", outputs, *,
+    q_smem, do_smem, q_tokens_smem, statistics_smem, q_barrier, keys, values,
 ):
     place = _Place.of_queries(inputs)
     tiles = inputs.lists.at(place)
@@ -228,21 +244,21 @@ def _dq_kernel(
 
     @_as_consumer
     def _(me):
-        q_ref, do_ref, q_rows, statistics = (x.at[me] for x in (q_smem, do_smem, q_rows_smem, statistics_smem))
+        q_ref, do_ref, q_tokens, statistics = (x.at[me] for x in (q_smem, do_smem, q_tokens_smem, statistics_smem))
         queries = pl.ds(place.block * BLOCK_Q + me * ROWS, ROWS)
         mine = place.row, place.list, queries
         _fetch(q_barrier.at[me], (inputs.q.at[mine], q_ref), (inputs.do.at[mine], do_ref),
-               (inputs.q_rows.at[place.row, :, queries], q_rows),
+               (inputs.q_tokens.at[place.row, :, queries], q_tokens),
                (inputs.statistics.at[place.row, place.list, :, queries], statistics))
         plgpu.barrier_wait(q_barrier.at[me])
 
         def add(step, dq, *, is_masked):
             slot, value_slot = keys.wait(step), values.wait(step)
-            key_ref, kv_rows, *select = (buffer.at[slot] for buffer in keys.buffers)
+            key_ref, kv_tokens, *select = (buffer.at[slot] for buffer in keys.buffers)
             products, allowed = _products(q_smem.at[_anew(me)], key_ref), None
             if is_masked:
                 select = [words.at[pl.ds(me * ROWS, ROWS)] for words in select]
-                allowed = _allowed(settings, products.shape, 0, q_rows, kv_rows, select, tiles.block(step))
+                allowed = _allowed(settings, products.shape, 0, q_tokens, kv_tokens, select, tiles.block(step))
             _, sloped = _weights(settings, products, statistics, 0, allowed)
             d_weights = _products(do_smem.at[_anew(me)], values.buffers[0].at[_anew(value_slot)])
             values.release(value_slot)
@@ -259,8 +275,8 @@ def _dq_kernel(
 
 
 def _dkv_kernel(
-    settings: Settings, inputs: "_Inputs", outputs, *,
-    k_smem, v_smem, kv_rows_smem, k_barrier, queries,
+    settings: AttentionSettings, inputs: "_Inputs", outputs, *,
+    k_smem, v_smem, kv_tokens_smem, k_barrier, queries,
 ):
     place = _Place.of_keys(inputs)
     tiles = inputs.lists.at(place)
@@ -270,7 +286,7 @@ def _dkv_kernel(
     def _():
         tokens, mine = pl.ds(place.block * settings.block_k, settings.block_k), place.in_array(inputs.k)
         _fetch(k_barrier, (inputs.k.at[*mine, tokens], k_smem), (inputs.v.at[*mine, tokens], v_smem),
-               (inputs.kv_rows.at[place.row, :, tokens], kv_rows_smem))
+               (inputs.kv_tokens.at[place.row, :, tokens], kv_tokens_smem))
         _fetch_queries(inputs, place, tiles, queries)
 
     def consume(gradients, chunk, halves, part):
@@ -285,12 +301,12 @@ def _dkv_kernel(
 
         def add_half(slot, is_masked, half, sums):
             half, now = pl.ds(half * ROWS, ROWS), pl.ds(_anew(jnp.int32(chunk)) * ROWS, ROWS)
-            key_ref, value_ref, kv_rows = k_smem.at[now], v_smem.at[now], kv_rows_smem.at[:, now]
+            key_ref, value_ref, kv_tokens = k_smem.at[now], v_smem.at[now], kv_tokens_smem.at[:, now]
             q_ref, do_ref = (buffer.at[slot, half] for buffer in queries.buffers[:2])
-            q_rows, statistics, *select = (buffer.at[slot, ..., half] for buffer in queries.buffers[2:])
+            q_tokens, statistics, *select = (buffer.at[slot, ..., half] for buffer in queries.buffers[2:])
             products, allowed = _products(key_ref, q_ref), None
             if is_masked:
-                allowed = _allowed(settings, products.shape, 1, q_rows, kv_rows, select, place.block)
+                allowed = _allowed(settings, products.shape, 1, q_tokens, kv_tokens, select, place.block)
             weights, sloped = _weights(settings, products, statistics, 1, allowed)
             terms = {}
             if "dv" in sums:
@@ -321,8 +337,8 @@ def _dkv_kernel(
                     pl.when(me == i)(functools.partial(consume, [name], 0, (0, 2), part=0))
 
 
-def _sharing(settings: Settings, width: int) -> str:
-    """Chooses how consumers divide the work on dk and dv, so that each has registers for its sums.
+def _sharing(settings: AttentionSettings, width: int) -> str:
+    """What the consumers of dk and dv share out among them, so that each has registers for its sums.
 
     Keys, 64 each, if there are so many; else queries, whose two parts of a gradient are added later. Of wide heads
     one consumer has room for dk, the other for dv: some products are then computed twice.
@@ -376,11 +392,15 @@ class _Inputs(NamedTuple):
     k: jax.Array
     v: jax.Array
     lists: _Lists
-    q_rows: jax.Array   # as in Tiles
-    kv_rows: jax.Array
-    row_select: jax.Array | None
+    q_tokens: jax.Array   # [b, f, T], fields as in Tiles
+    kv_tokens: jax.Array
+    rows: jax.Array | None
     statistics: jax.Array | None = None  # [b, h, 2, T]: lse, in units of log 2, and delta
     do: jax.Array | None = None
+
+    @property
+    def num_fields(self) -> int:
+        return self.q_tokens.shape[1]
 
 
 class _Place(NamedTuple):
@@ -447,28 +467,31 @@ class _Ring(NamedTuple):
         plgpu.barrier_arrive(self.is_free.at[slot])
 
 
-def _key_rings(settings: Settings, inputs: _Inputs, *, fixed_tokens: int) -> dict[str, _Ring]:
+def _key_rings(settings: AttentionSettings, inputs: _Inputs, *, fixed_tokens: int) -> dict[str, _Ring]:
     block, width = settings.block_k, inputs.k.shape[-1]
     slots = _num_slots(width, fixed_tokens, 2 * block)
-    select = () if inputs.row_select is None else (_row_memory(jnp.int32, slots, BLOCK_Q),)
+    select = () if inputs.rows is None else (_row_memory(jnp.int32, slots, BLOCK_Q),)
     return dict(
-        keys=_Ring.of(slots, _tile_memory(slots, block, width), _row_memory(jnp.int32, slots, 2, block), *select),
+        keys=_Ring.of(slots, _tile_memory(slots, block, width),
+                      _row_memory(jnp.int32, slots, inputs.num_fields, block), *select),
         values=_Ring.of(slots, _tile_memory(slots, block, width)))
 
 
-def _fetch_keys(settings: Settings, inputs: _Inputs, place: _Place, tiles: _List, keys: _Ring, values: _Ring):
+def _fetch_keys(
+    settings: AttentionSettings, inputs: _Inputs, place: _Place, tiles: _List, keys: _Ring, values: _Ring
+):
     """All tiles of a list of key blocks, into the rings."""
-    select = inputs.row_select
+    select = inputs.rows
 
     @pl.loop(0, tiles.num_live)
     def _(step):
         block = tiles.block(step)
         tokens = pl.ds(block * settings.block_k, settings.block_k)
         mine = place.in_array(inputs.k)
-        sources = [inputs.k.at[*mine, tokens], inputs.kv_rows.at[place.row, :, tokens]]
+        sources = [inputs.k.at[*mine, tokens], inputs.kv_tokens.at[place.row, :, tokens]]
         if select is not None:
             queries = pl.ds(place.block * BLOCK_Q, BLOCK_Q)
-            sources.append(select.at[*place.in_array(select), lax.div(block, SELECT_BITS), queries])
+            sources.append(select.at[*place.in_array(select), lax.div(block, BITS_PER_WORD), queries])
         keys.fill(step, *sources)
         values.fill(step, inputs.v.at[*mine, tokens])
 
@@ -479,9 +502,9 @@ def _fetch_keys(settings: Settings, inputs: _Inputs, place: _Place, tiles: _List
 def _query_ring(inputs: _Inputs, *, fixed_tokens: int) -> _Ring:
     width = inputs.q.shape[-1]
     slots = _num_slots(width, fixed_tokens, 2 * BLOCK_Q)
-    select = () if inputs.row_select is None else (_row_memory(jnp.int32, slots, BLOCK_Q),)
+    select = () if inputs.rows is None else (_row_memory(jnp.int32, slots, BLOCK_Q),)
     tile = _tile_memory(slots, BLOCK_Q, width)
-    return _Ring.of(slots, tile, tile, _row_memory(jnp.int32, slots, 2, BLOCK_Q),
+    return _Ring.of(slots, tile, tile, _row_memory(jnp.int32, slots, inputs.num_fields, BLOCK_Q),
                     _row_memory(jnp.float32, slots, 2, BLOCK_Q), *select)
 
 
@@ -493,16 +516,16 @@ def _num_slots(width: int, fixed_tokens: int, tokens_per_slot: int) -> int:
 
 def _fetch_queries(inputs: _Inputs, place: _Place, tiles: _List, queries: _Ring):
     """All tiles of a list of query blocks, for each query head of the list, into the ring."""
-    select = inputs.row_select
+    select = inputs.rows
 
     @pl.loop(0, tiles.num_live)
     def _(step):
         tokens = pl.ds(tiles.block(step) * BLOCK_Q, BLOCK_Q)
         head = place.list * place.num_repeats + lax.rem(step, place.num_repeats)
         sources = [inputs.q.at[place.row, head, tokens], inputs.do.at[place.row, head, tokens],
-                   inputs.q_rows.at[place.row, :, tokens], inputs.statistics.at[place.row, head, :, tokens]]
+                   inputs.q_tokens.at[place.row, :, tokens], inputs.statistics.at[place.row, head, :, tokens]]
         if select is not None:
-            sources.append(select.at[*place.in_array(select), lax.div(place.block, SELECT_BITS), tokens])
+            sources.append(select.at[*place.in_array(select), lax.div(place.block, BITS_PER_WORD), tokens])
         queries.fill(step, *sources)
 
     queries.drain(tiles.num_live)
@@ -513,18 +536,27 @@ def _fetch(barrier, *copies) -> None:
         plgpu.copy_gmem_to_smem(source, target, barrier)
 
 
-def _bend(settings: Settings, products: jax.Array) -> tuple[jax.Array, float, jax.Array | None]:
-    """Scores before a factor, the factor, in units of log 2, and the derivative by scale x products, if not 1."""
+def _bend(settings: AttentionSettings, products: jax.Array) -> tuple[jax.Array, float, jax.Array | None]:
+    """Returns scores before a factor, the factor, in units of log 2, and the derivative by scale x products.
+
+    The derivative is None where it is 1.
+    """
     if settings.softcap is None:
         return products, settings.scale * LOG2_E, None
-    # tanh z = 1 - 2 / (1 + exp 2z). The instruction for tanh is good to 2^-11, too little for scores of 30; those
-    # for exp2 and the reciprocal root are good to 2^-22.
-    root = lax.rsqrt(1 + jnp.exp2(products * (2 * LOG2_E * settings.scale / settings.softcap)))
-    bent = 1 - 2 * root * root
-    return bent, settings.softcap * LOG2_E, 1 - bent * bent
+
+    def tanh(products):
+        # tanh z = 1 - 2 / (1 + exp 2z). The instruction for tanh is good to 2^-11, too little for scores of 30;
+        # those for exp2 and the reciprocal root are good to 2^-22.
+        root = lax.rsqrt(1 + jnp.exp2(products * (2 * LOG2_E * settings.scale / settings.softcap)))
+        return 1 - 2 * root * root
+
+    bent, slope = bend(products, tanh)
+    return bent, settings.softcap * LOG2_E, slope
 
 
-def _weights(settings: Settings, products, statistics, query_axis: int, allowed) -> tuple[jax.Array, jax.Array]:
+def _weights(
+    settings: AttentionSettings, products, statistics, query_axis: int, allowed
+) -> tuple[jax.Array, jax.Array]:
     """Softmax weights, and these times the derivative of the scores by scale x products."""
     scores, factor, slope = _bend(settings, products)
     if allowed is not None:
@@ -538,16 +570,20 @@ def _d_scores(sloped, d_weights, statistics, query_axis: int) -> jax.Array:
     return sloped * (d_weights - _spread(_vector(statistics.at[1], query_axis), query_axis, sloped.shape))
 
 
-def _allowed(settings: Settings, shape, query_axis: int, q_rows, kv_rows, select, key_block) -> jax.Array:
-    """Which pairs of a tile may attend, bool; rows of tokens lie in shared memory."""
-    q_position, q_segment = (_vector(q_rows.at[i], query_axis) for i in range(2))
-    kv_position, kv_segment = (_vector(kv_rows.at[i], 1 - query_axis) for i in range(2))
+def _allowed(
+    settings: AttentionSettings, shape, query_axis: int, q_tokens, kv_tokens, select, key_block
+) -> jax.Array:
+    """Tells which pairs of a tile may attend, bool; fields of tokens lie in shared memory."""
+    def tokens(fields, axis):
+        return TokenInfo(*(_vector(fields.at[f], axis) for f in range(fields.shape[0])))
+
+    queries, keys = tokens(q_tokens, query_axis), tokens(kv_tokens, 1 - query_axis)
     for words in select:  # segment 0 sees nothing
-        q_segment = jnp.where(is_selected(_vector(words, query_axis), key_block), q_segment, 0)
+        is_read = is_selected(_vector(words, query_axis), key_block)
+        queries = queries._replace(segment=jnp.where(is_read, queries.segment, 0))
     return may_attend(
-        *(_spread(x, query_axis, shape) for x in (q_position, q_segment)),
-        *(_spread(x, 1 - query_axis, shape) for x in (kv_position, kv_segment)),
-        causal=settings.causal, window=settings.window)
+        settings.mask, jax.tree.map(lambda x: _spread(x, query_axis, shape), queries),
+        jax.tree.map(lambda x: _spread(x, 1 - query_axis, shape), keys))
 
 
 def _vector(ref, axis: int) -> jax.Array:
@@ -584,7 +620,7 @@ def _products(x_ref, y_ref) -> jax.Array:
     return pl.run_scoped(issue, plgpu.ACC((x_ref.shape[0], y_ref.shape[0]), jnp.float32))
 
 
-def _add_products(settings: Settings, *terms: tuple) -> tuple[jax.Array, ...]:
+def _add_products(settings: AttentionSettings, *terms: tuple) -> tuple[jax.Array, ...]:
     """acc + x @ y for each (acc, x, y), all at once: acc in registers, y in shared memory, x in either."""
     accs, xs, y_refs = zip(*terms, strict=True)
     if settings.interpret is False:
@@ -600,7 +636,9 @@ def _add_products(settings: Settings, *terms: tuple) -> tuple[jax.Array, ...]:
     return results
 
 
-def _launch(kernel: Callable, settings: Settings, inputs: _Inputs, *, grid, outputs, shared) -> list[jax.Array]:
+def _launch(
+    kernel: Callable, settings: AttentionSettings, inputs: _Inputs, *, grid, outputs, shared
+) -> list[jax.Array]:
     arrays, structure = jax.tree.flatten(inputs)
 
     def body(*refs, **shared):

@@ -21,8 +21,18 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from layers.attention.block_sparse.tiles import ALL, NOTHING, SOME, Settings, Sizes, Tiles
-from layers.attention.mask_spec import SELECT_BITS, is_selected, may_attend
+from layers.attention.block_lists import BITS_PER_WORD, is_selected
+from layers.attention.block_sparse.tiles import (
+    ALL,
+    NOTHING,
+    SOME,
+    AttentionSettings,
+    Sizes,
+    Tiles,
+    lacks_in_kernels,
+)
+from layers.attention.mask import TokenInfo, may_attend
+from layers.attention.softcap import softcap
 
 BLOCK_BITS = 14                       # of a block's number in an entry
 SCALAR_MEMORY_BYTES = 900 * 2**10     # for work lists, of 1 MiB on v5e and v5p
@@ -30,12 +40,15 @@ LANES = 128
 LOWEST = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite: a difference of two is no NaN
 
 
-def unsupported(settings: Settings, sizes: Sizes) -> str | None:
-    """Why the kernel cannot run such a call; None if it can."""
+def unsupported(settings: AttentionSettings, sizes: Sizes) -> str | None:
+    """Says why the kernel cannot run such a call; None if it can."""
+    lacks = lacks_in_kernels(settings, sizes)
+    if lacks is not None:
+        return lacks
     most = max(sizes.num_query_blocks, sizes.num_key_blocks)
     if most > 2**BLOCK_BITS:
         return f"{most} blocks, {2**BLOCK_BITS} can be numbered; use larger blocks"
-    size = 4 * sizes.num_lists * (sizes.num_query_blocks * sizes.room + most)
+    size = 4 * sizes.num_lists * (sizes.num_query_blocks * sizes.list_length + most)
     if size > SCALAR_MEMORY_BYTES:
         return (f"the lists of one batch row take {size / 2**10:.0f} KiB of scalar memory, of which there are "
                 f"{SCALAR_MEMORY_BYTES / 2**10:.0f}; use larger blocks, max_blocks, or fewer lists")
@@ -43,12 +56,12 @@ def unsupported(settings: Settings, sizes: Sizes) -> str | None:
         for name, block, count in (("block_q", settings.block_q, sizes.num_query_blocks),
                                    ("block_k", settings.block_k, sizes.num_key_blocks)):
             if block % LANES and count > 1:
-                return f"{name} {block} is no multiple of {LANES}"
+                return f"{name} {block} is not a multiple of {LANES}"
     return None
 
 
 def forward(
-    settings: Settings, q: jax.Array, k: jax.Array, v: jax.Array, tiles: Tiles
+    settings: AttentionSettings, q: jax.Array, k: jax.Array, v: jax.Array, tiles: Tiles
 ) -> tuple[jax.Array, jax.Array]:
     """q [b, T, h, k], k [b, S, n, k], v [b, S, n, v] -> o [b, T, h, v] in v's dtype, lse [b, h, T] float32."""
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
@@ -71,7 +84,7 @@ def forward(
 
 
 def backward(
-    settings: Settings, q: jax.Array, k: jax.Array, v: jax.Array, tiles: Tiles,
+    settings: AttentionSettings, q: jax.Array, k: jax.Array, v: jax.Array, tiles: Tiles,
     lse: jax.Array, delta: jax.Array, do: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The gradients of q, k and v; delta = sum(o do) - dlse over the values, float32 [b, h, T]."""
@@ -151,7 +164,8 @@ class _Call:
     """A pallas_call over (row, list or head, entry, query head of a list), and where its blocks lie."""
 
     def __init__(
-        self, settings: Settings, q: jax.Array, k: jax.Array, work: jax.Array, tiles: Tiles, *, by_queries: bool
+        self, settings: AttentionSettings, q: jax.Array, k: jax.Array, work: jax.Array, tiles: Tiles, *,
+        by_queries: bool,
     ):
         self.settings, self.work, self.tiles, self.by_queries = settings, work, tiles, by_queries
         self.batch, self.num_heads = q.shape[:2]
@@ -163,9 +177,9 @@ class _Call:
         self, kernel: Callable, count: jax.Array, *, inputs, outputs, scratch, flops_per_tile
     ) -> list[jax.Array]:
         settings, tiles = self.settings, self.tiles
-        inputs = [*inputs, (tiles.q_rows, "query_tokens"), (tiles.kv_rows, "key_tokens")]
-        if tiles.row_select is not None:
-            inputs.append((tiles.row_select, "select"))
+        inputs = [*inputs, (tiles.q_tokens[:, 0], "query_tokens"), (tiles.kv_tokens[:, 0], "key_tokens")]
+        if tiles.rows is not None:
+            inputs.append((tiles.rows, "select"))
         num_steps = jnp.max(count)
         heads_per_list = self.num_heads // self.num_lists
         grid = ((self.batch, self.num_heads, num_steps) if self.by_queries
@@ -174,7 +188,7 @@ class _Call:
         bytes_accessed = sum(x.size * x.dtype.itemsize for x, _ in inputs)
         bytes_accessed += sum(math.prod(x.shape) * x.dtype.itemsize for x, _ in outputs)
         return pl.pallas_call(
-            functools.partial(kernel, call=self, has_select=tiles.row_select is not None),
+            functools.partial(kernel, call=self, has_select=tiles.rows is not None),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=1, grid=grid,
                 in_specs=[self._spec(x, kind) for x, kind in inputs],
@@ -222,8 +236,8 @@ class _Call:
             "queries": ((squeezed, squeezed, block_q, x.shape[-1]), lambda b, h, i, j: (b, h, i, 0)),
             "keys": ((squeezed, squeezed, block_k, x.shape[-1]), lambda b, h, i, j: (b, its(h), j, 0)),
             "query_row": ((squeezed, squeezed, 1, block_q), lambda b, h, i, j: (b, h, 0, i)),
-            "query_tokens": ((squeezed, 2, block_q), lambda b, h, i, j: (b, 0, i)),
-            "key_tokens": ((squeezed, 2, block_k), lambda b, h, i, j: (b, 0, j)),
+            "query_tokens": ((squeezed, x.shape[1], block_q), lambda b, h, i, j: (b, 0, i)),
+            "key_tokens": ((squeezed, x.shape[1], block_k), lambda b, h, i, j: (b, 0, j)),
             "select": ((squeezed, squeezed, x.shape[2], block_q), lambda b, h, i, j: (b, its(h), 0, i)),
         }[kind]
         return pl.BlockSpec(shape, at(place))
@@ -257,7 +271,7 @@ def _for_each_kind(step: _Step, update: Callable, *, has_select: bool) -> None:
 
 
 def _forward_kernel(work_ref, q_ref, k_ref, v_ref, *refs, call: _Call, has_select: bool):
-    q_rows, kv_rows, *select, o_ref, lse_ref, highest_ref, total_ref, acc_ref = refs
+    q_tokens, kv_tokens, *select, o_ref, lse_ref, highest_ref, total_ref, acc_ref = refs
     step = _step(call, work_ref)
 
     @pl.when(step.is_first)
@@ -269,7 +283,7 @@ def _forward_kernel(work_ref, q_ref, k_ref, v_ref, *refs, call: _Call, has_selec
     def update(*, is_masked: bool):
         scores, _ = _scores(call.settings, q_ref, k_ref)
         if is_masked:
-            allowed = _allowed(call.settings, q_rows, kv_rows, select, step.key_block)
+            allowed = _allowed(call.settings, q_tokens, kv_tokens, select, step.key_block)
             scores = jnp.where(allowed, scores, LOWEST)
         before = highest_ref[...]
         highest = jnp.maximum(before, jnp.max(scores, axis=0, keepdims=True))
@@ -293,7 +307,7 @@ def _forward_kernel(work_ref, q_ref, k_ref, v_ref, *refs, call: _Call, has_selec
 
 
 def _dq_kernel(work_ref, q_ref, k_ref, v_ref, lse_ref, delta_ref, do_ref, *refs, call: _Call, has_select: bool):
-    q_rows, kv_rows, *select, dq_ref, acc_ref = refs
+    q_tokens, kv_tokens, *select, dq_ref, acc_ref = refs
     step = _step(call, work_ref)
 
     @pl.when(step.is_first)
@@ -301,7 +315,7 @@ def _dq_kernel(work_ref, q_ref, k_ref, v_ref, lse_ref, delta_ref, do_ref, *refs,
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
     def update(*, is_masked: bool):
-        allowed = _allowed(call.settings, q_rows, kv_rows, select, step.key_block) if is_masked else None
+        allowed = _allowed(call.settings, q_tokens, kv_tokens, select, step.key_block) if is_masked else None
         _, d_scores = _weights_and_d_scores(
             call.settings, q_ref, k_ref, v_ref, lse_ref, delta_ref, do_ref, allowed)
         acc_ref[...] += _dot(d_scores.astype(k_ref.dtype), k_ref[...], 0, 0)  # [x, k]
@@ -314,7 +328,7 @@ def _dq_kernel(work_ref, q_ref, k_ref, v_ref, lse_ref, delta_ref, do_ref, *refs,
 
 
 def _dkv_kernel(work_ref, q_ref, k_ref, v_ref, lse_ref, delta_ref, do_ref, *refs, call: _Call, has_select: bool):
-    q_rows, kv_rows, *select, dk_ref, dv_ref, dk_acc_ref, dv_acc_ref = refs
+    q_tokens, kv_tokens, *select, dk_ref, dv_ref, dk_acc_ref, dv_acc_ref = refs
     step = _step(call, work_ref)
 
     @pl.when(step.is_first)
@@ -323,7 +337,7 @@ def _dkv_kernel(work_ref, q_ref, k_ref, v_ref, lse_ref, delta_ref, do_ref, *refs
         dv_acc_ref[...] = jnp.zeros_like(dv_acc_ref)
 
     def update(*, is_masked: bool):
-        allowed = _allowed(call.settings, q_rows, kv_rows, select, step.key_block) if is_masked else None
+        allowed = _allowed(call.settings, q_tokens, kv_tokens, select, step.key_block) if is_masked else None
         weights, d_scores = _weights_and_d_scores(
             call.settings, q_ref, k_ref, v_ref, lse_ref, delta_ref, do_ref, allowed)
         dk_acc_ref[...] += _dot(d_scores.astype(q_ref.dtype), q_ref[...], 1, 0)   # [y, k]
@@ -337,16 +351,13 @@ def _dkv_kernel(work_ref, q_ref, k_ref, v_ref, lse_ref, delta_ref, do_ref, *refs
         dv_ref[...] = dv_acc_ref[...]
 
 
-def _scores(settings: Settings, q_ref, k_ref) -> tuple[jax.Array, jax.Array | float]:
-    """[y, x] float32, and their derivative by q . k."""
-    scores = settings.scale * _dot(k_ref[...], q_ref[...], 1, 1)
-    if settings.softcap is None:
-        return scores, settings.scale
-    bent = jnp.tanh(scores / settings.softcap)
-    return settings.softcap * bent, settings.scale * (1 - bent**2)
+def _scores(settings: AttentionSettings, q_ref, k_ref) -> tuple[jax.Array, jax.Array | float]:
+    """Computes logits [y, x] in float32, and their derivative by q . k."""
+    scores, slope = softcap(settings.scale * _dot(k_ref[...], q_ref[...], 1, 1), settings.softcap)
+    return scores, settings.scale * slope
 
 
-def _weights_and_d_scores(settings: Settings, q_ref, k_ref, v_ref, lse_ref, delta_ref, do_ref, allowed):
+def _weights_and_d_scores(settings: AttentionSettings, q_ref, k_ref, v_ref, lse_ref, delta_ref, do_ref, allowed):
     scores, slope = _scores(settings, q_ref, k_ref)
     lse = lse_ref[...]
     weights = jnp.exp(scores - jnp.where(lse == -jnp.inf, 0, lse))
@@ -356,13 +367,13 @@ def _weights_and_d_scores(settings: Settings, q_ref, k_ref, v_ref, lse_ref, delt
     return weights, weights * (d_weights - delta_ref[...]) * slope
 
 
-def _allowed(settings: Settings, q_rows_ref, kv_rows_ref, select, key_block) -> jax.Array:
-    """[y, x] bool."""
-    allowed = may_attend(
-        q_rows_ref[0:1, :], q_rows_ref[1:2, :], _column(kv_rows_ref[0:1, :]), _column(kv_rows_ref[1:2, :]),
-        causal=settings.causal, window=settings.window)
+def _allowed(settings: AttentionSettings, q_tokens_ref, kv_tokens_ref, select, key_block) -> jax.Array:
+    """Evaluates the mask on a tile, [y, x] bool."""
+    queries = TokenInfo(*(q_tokens_ref[f : f + 1, :] for f in range(q_tokens_ref.shape[0])))
+    keys = TokenInfo(*(_column(kv_tokens_ref[f : f + 1, :]) for f in range(kv_tokens_ref.shape[0])))
+    allowed = may_attend(settings.mask, queries, keys)
     if select:
-        allowed &= is_selected(select[0][pl.ds(_share(key_block, SELECT_BITS), 1), :], key_block)
+        allowed &= is_selected(select[0][pl.ds(_share(key_block, BITS_PER_WORD), 1), :], key_block)
     return allowed
 
 

@@ -1,4 +1,4 @@
-"""Lists of blocks: from masks, scores and mask specs; their algebra; and what is said of wrong ones."""
+"""Lists of blocks: from block masks, scores and masks; their algebra; and errors about wrong ones."""
 import dataclasses
 
 import hypothesis
@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from layers import BlockLists, MaskSpec
-from layers.attention.block_sparse.reference import dense_mask
+from layers import CAUSAL, SAME_SEGMENT, Bits, BlockLists, Window, token_info
 from layers.attention.block_sparse.tiles import ALL, NOTHING, make_tiles, transpose
+from layers.attention.mask import pairs
 from tests.support.inputs import Draw
 
 BLOCKS = dict(block_q=4, block_k=8)
@@ -42,7 +42,7 @@ def test_lists_of_both_are_those_of_the_masks_in_common():
     one, other = _mask(2, 1, 4, 5, 7), _mask(3, 2, 1, 5, 7)
     both = BlockLists.from_block_mask(one, **BLOCKS).intersect(BlockLists.from_block_mask(other, **BLOCKS))
     np.testing.assert_array_equal(both.to_dense(), one & other)
-    with pytest.raises(ValueError, match=r"lists of other blocks: .* are \(4, 8, 5, 7\) and \(4, 4, 5, 7\)"):
+    with pytest.raises(ValueError, match=r"lists of different blocks: .* are \(4, 8, 5, 7\) and \(4, 4, 5, 7\)"):
         both.intersect(BlockLists.from_block_mask(other, block_q=4, block_k=4))
 
 
@@ -63,36 +63,49 @@ def test_top_k_is_causal_by_the_last_query_of_a_block():
         lists.to_dense(), np.broadcast_to(first_key <= last_query[:, None], (1, 2, 6, 4)))
 
 
-@pytest.mark.parametrize("spec", [
-    MaskSpec(), MaskSpec(window=9), MaskSpec(window=0), MaskSpec(causal=False, window=5), MaskSpec(offset=17),
-    MaskSpec(causal=False)])
-def test_lists_of_a_mask_name_every_block_with_an_allowed_pair_and_have_no_room_to_spare(spec):
-    lists = BlockLists.from_mask_spec(spec, 30, 50, **BLOCKS)
-    everything = BlockLists.from_block_mask(jnp.ones((1, 1, 8, 7), bool), **BLOCKS)
-    allowed = np.asarray(dense_mask(everything, spec, 1, 30, 50))
+@pytest.mark.parametrize(("mask", "offset"), [
+    (CAUSAL, 0), (CAUSAL & Window(9), 0), (CAUSAL & Window(0), 0), (Window(5), 0), (CAUSAL, 17), (SAME_SEGMENT, 0),
+    (CAUSAL & (Window(3) | Bits()), 0)])
+def test_lists_of_a_mask_name_every_block_with_an_allowed_pair_and_have_no_room_to_spare(mask, offset):
+    q, kv = (token_info(length, positions=np.arange(start, start + length)[None],
+                        bits=(np.arange(length) < 4).astype(np.int32)[None])
+             for length, start in ((30, offset), (50, 0)))
+    lists = jax.jit(lambda: BlockLists.from_mask(mask, q, kv, **BLOCKS))()
+    allowed = np.asarray(pairs(mask, q, kv))
     allowed = np.pad(allowed, ((0, 0), (0, 0), (0, 2), (0, 6))).reshape(1, 1, 8, 4, 7, 8).any(axis=(3, 5))
     np.testing.assert_array_equal(lists.to_dense(), allowed)
     assert lists.ids.shape[-1] == max(allowed.sum(-1).max(), 1)
 
 
-@hypothesis.settings(max_examples=30, deadline=None, derandomize=True, database=None)
-@hypothesis.given(seed=st.integers(0, 10_000), causal=st.booleans(), window=st.sampled_from([None, 0, 3, 11]))
-def test_bounds_never_call_an_allowed_tile_empty_nor_a_forbidden_pair_full(seed, causal, window):
+@hypothesis.settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@hypothesis.given(seed=st.integers(0, 10_000), mask=st.sampled_from([
+    SAME_SEGMENT, CAUSAL & SAME_SEGMENT, CAUSAL & SAME_SEGMENT & Window(0), SAME_SEGMENT & Window(3),
+    CAUSAL & Window(11), CAUSAL, Window(11), Bits(), CAUSAL & (Window(3) | Bits()), Bits() | SAME_SEGMENT]))
+def test_bounds_never_call_an_allowed_tile_empty_nor_a_forbidden_pair_full(seed, mask):
     rng = np.random.default_rng(seed)
-    t, s = 24, 40
-    spec = MaskSpec(
-        causal=causal, window=window,
-        positions=jnp.asarray(np.sort(rng.integers(0, 40, (2, t))) if seed % 2 else rng.integers(0, 40, (2, t))),
-        kv_positions=jnp.asarray(rng.integers(0, 40, (2, s))),
-        segment_ids=jnp.asarray(np.repeat(rng.integers(0, 3, (2, t // 4)), 4, axis=1)),
-        kv_segment_ids=jnp.asarray(np.repeat(rng.integers(0, 3, (2, s // 8)), 8, axis=1)))
+    t, s, p = 24, 40, 1 + seed % 2
+    q, kv = (token_info(
+        length, positions=(np.sort if seed % 3 else np.asarray)(rng.integers(0, 40, (2, p, length))),
+        segment_ids=np.repeat(rng.integers(0, 3, (2, length // block)), block, axis=1),
+        bits=np.repeat(rng.integers(0, 8, (2, length // block)), block, axis=1))
+        for length, block in ((t, 4), (s, 8)))
     lists = BlockLists.from_block_mask(jnp.ones((1, 1, 6, 5), bool), **BLOCKS)
-    tiles = make_tiles(lists, spec, 2, t, s)
-    kinds = np.zeros((2, 6, 5), np.int32)
-    np.put_along_axis(kinds, np.asarray(tiles.ids)[:, 0], np.asarray(tiles.kinds)[:, 0], axis=-1)
-    pairs = np.asarray(dense_mask(lists, spec, 1, t, s))[:, 0].reshape(2, 6, 4, 5, 8)
-    assert not (pairs.any(axis=(2, 4)) & (kinds == NOTHING)).any()
-    assert pairs.all(axis=(2, 4))[kinds == ALL].all()
+    tiles = make_tiles(lists, mask, q, kv, batch=2)
+    kinds = np.zeros((2, p, 6, 5), np.int32)
+    np.put_along_axis(kinds, np.asarray(tiles.ids), np.asarray(tiles.kinds), axis=-1)
+    allowed = np.broadcast_to(pairs(mask, q, kv), (2, p, t, s)).reshape(2, p, 6, 4, 5, 8)
+    assert not (allowed.any(axis=(3, 5)) & (kinds == NOTHING)).any()
+    assert allowed.all(axis=(3, 5))[kinds == ALL].all()
+
+
+def test_a_choice_of_each_query_makes_lists_of_what_its_block_chose():
+    chosen = _mask(5, 2, 1, 10, 34, density=0.1)
+    lists = BlockLists.from_query_mask(chosen, **BLOCKS)
+    by_block = np.pad(chosen, ((0, 0), (0, 0), (0, 2), (0, 0))).reshape(2, 1, 3, 4, 34).any(axis=3)
+    np.testing.assert_array_equal(lists.to_dense(), by_block)
+    assert lists.rows.shape == (2, 1, 2, 10)
+    with pytest.raises(ValueError, match="have no transpose"):
+        lists.transpose()
 
 
 def test_tiles_transposed_keep_their_kinds():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from layers import BlockLists, MaskSpec, block_sparse_attention, dot_product_attention
+from layers import CAUSAL, SAME_SEGMENT, BlockLists, Window, attend, token_info
 from tests.support.assertions import assert_matches
 from tests.support.block_sparse_cases import Case, draw_inputs, in_float32, values_and_gradients
 from tests.support.inputs import Draw
@@ -75,7 +75,7 @@ def test_any_lists_segments_and_choices(implementation, data):
     inputs = draw_inputs(SMALL, seed=data.draw(st.integers(0, 1000)))
     bits = data.draw(st.lists(st.booleans(), min_size=60, max_size=60))
     block_mask = jnp.asarray(bits).reshape(1, 2, 5, 6)
-    inputs = inputs._replace(blocks=BlockLists.from_block_mask(block_mask, block_q=8, block_k=8))
+    inputs = inputs.replace(blocks=BlockLists.from_block_mask(block_mask, block_q=8, block_k=8))
     compiled = values_and_gradients._cache_size()
 
     expected = values_and_gradients(inputs, implementation="reference")
@@ -91,15 +91,15 @@ def test_any_lists_segments_and_choices(implementation, data):
 def test_lists_of_all_blocks_give_dense_causal_attention_and_its_gradients(implementation):
     draw = Draw(1)
     q, k, v, do = draw(2, 50, 4, 64), draw(2, 50, 4, 64), draw(2, 50, 4, 64), draw(2, 50, 4, 64)
-    spec = MaskSpec(window=30)
-    blocks = BlockLists.from_mask_spec(spec, 50, 50, block_q=16, block_k=16)
+    mask = CAUSAL & SAME_SEGMENT & Window(30)
+    blocks = BlockLists.from_mask(mask, token_info(50), block_q=16, block_k=16)
 
     def sparse(q, k, v):
-        return block_sparse_attention(
-            q, k, v, blocks, mask=spec, implementation=implementation, **IMPLEMENTATIONS[implementation])
+        return attend(q, k, v, mask=mask, blocks=blocks, implementation=implementation,
+                      **IMPLEMENTATIONS[implementation]).o
 
     def dense(q, k, v):
-        return dot_product_attention(q, k, v, window=30, implementation="reference")
+        return attend(q, k, v, mask=mask, implementation="reference").o
 
     def value_and_gradients(attention):
         value, pull_back = jax.vjp(jax.jit(attention), q, k, v)

@@ -9,16 +9,9 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from layers import (
-    BlockLists,
-    MaskSpec,
-    block_sparse_attention,
-    merge_by_lse,
-    pack_row_select,
-    sharded_block_sparse_attention,
-)
+from layers import BlockLists, Window, attend, merge, sharded_attend, token_info
 from layers.arrays.dispatch import log_once
-from layers.attention.block_sparse.reference import attention_reference
+from layers.attention.block_lists import pack_query_bits
 from tests.support.assertions import assert_matches
 from tests.support.block_sparse_cases import Case, draw_inputs, values_and_gradients
 
@@ -26,9 +19,17 @@ CASE = Case(t=32, s=32, block_k=16, width=8, value_width=8, segments=True)
 IMPLEMENTATIONS = {"xla": {}, "pallas_tpu": {"interpret": True}}
 
 
+def _arguments(inputs):
+    names = ("mask", "q_tokens", "kv_tokens", "blocks", "key_bias", "scale", "softcap", "sinks")
+    return {name: getattr(inputs, name) for name in names}
+
+
+def _attend(inputs, implementation="xla", **keywords):
+    return attend(inputs.q, inputs.k, inputs.v, implementation=implementation, **_arguments(inputs), **keywords)
+
+
 def _run(inputs, implementation="xla", **keywords):
-    return block_sparse_attention(inputs.q, inputs.k, inputs.v, inputs.blocks, mask=inputs.mask,
-                                  implementation=implementation, **keywords)
+    return _attend(inputs, implementation, **keywords).o
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -45,8 +46,8 @@ def test_vmap_equals_a_loop_in_values_and_gradients(implementation):
 def test_vmap_over_the_queries_alone_shares_keys_and_lists():
     inputs = draw_inputs(dataclasses.replace(CASE, shared_lists=True, segments=False))
     queries = jnp.stack([inputs.q, 2 * inputs.q])
-    mapped = jax.vmap(lambda q: _run(inputs._replace(q=q)))(queries)
-    assert_matches(mapped[1], _run(inputs._replace(q=queries[1])), dtype="float32")
+    mapped = jax.vmap(lambda q: _run(inputs.replace(q=q)))(queries)
+    assert_matches(mapped[1], _run(inputs.replace(q=queries[1])), dtype="float32")
 
 
 @pytest.mark.parametrize("policy", [None, jax.checkpoint_policies.save_only_these_names("block_sparse_attention")])
@@ -57,7 +58,7 @@ def test_remat_changes_no_gradient_and_a_policy_can_keep_the_output(policy, caps
         return jnp.sum(attention(q) ** 2)
 
     def attention(q):
-        return _run(inputs._replace(q=q))
+        return _run(inputs.replace(q=q))
 
     plain = jax.grad(loss)(inputs.q, attention)
     rematerialised = partial(loss, attention=jax.checkpoint(attention, policy=policy))
@@ -70,20 +71,22 @@ def test_remat_changes_no_gradient_and_a_policy_can_keep_the_output(policy, caps
 def test_rows_and_heads_spread_over_devices_equal_one_device(implementation):
     mesh = jax.make_mesh((2, 2), ("data", "model"), devices=jax.devices()[:4],
                          axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    inputs = draw_inputs(dataclasses.replace(CASE, select=True, sinks=True))
-    keywords = dict(implementation=implementation, return_lse=True, **IMPLEMENTATIONS[implementation])
+    inputs = draw_inputs(dataclasses.replace(
+        CASE, select=True, sinks=True, positions=True, key_bias=implementation == "xla",
+        token_heads=2 if implementation == "xla" else 1))
+    keywords = dict(implementation=implementation, **IMPLEMENTATIONS[implementation])
 
     @jax.jit
     def sharded(q, k, v):
-        return sharded_block_sparse_attention(mesh, q, k, v, inputs.blocks, mask=inputs.mask, **keywords)
+        return sharded_attend(mesh, q, k, v, **_arguments(inputs), **keywords)
 
     o, lse = sharded(inputs.q, inputs.k, inputs.v)
-    expected_o, expected_lse = _run(inputs, **keywords)
+    expected_o, expected_lse = _attend(inputs, **keywords)
     assert_matches(o, expected_o, dtype="float32")
     np.testing.assert_allclose(lse, expected_lse, atol=1e-5)
     assert len(o.sharding.device_set) == 4
     gradient = jax.grad(lambda q: jnp.sum(sharded(q, inputs.k, inputs.v)[0] ** 2))(inputs.q)
-    expected = jax.grad(lambda q: jnp.sum(_run(inputs._replace(q=q), **keywords)[0] ** 2))(inputs.q)
+    expected = jax.grad(lambda q: jnp.sum(_run(inputs.replace(q=q), **keywords) ** 2))(inputs.q)
     assert_matches(gradient, expected, dtype="float32", scale=2)
 
 
@@ -94,11 +97,10 @@ def test_outputs_over_disjoint_keys_merge_to_that_over_all_with_their_gradients(
     blocks = [BlockLists.from_block_mask(mask & half, block_q=16, block_k=16) for half in (is_even, ~is_even)]
 
     def merged(q):
-        parts = [_run(inputs._replace(q=q, blocks=each), return_lse=True) for each in blocks]
-        return merge_by_lse(*map(list, zip(*parts, strict=True)))[0]
+        return merge(*(_attend(inputs.replace(q=q, blocks=each)) for each in blocks)).o
 
     assert_matches(merged(inputs.q), _run(inputs), dtype="float32", scale=2)
-    whole = jax.grad(lambda q: jnp.sum(_run(inputs._replace(q=q)) ** 2))(inputs.q)
+    whole = jax.grad(lambda q: jnp.sum(_run(inputs.replace(q=q)) ** 2))(inputs.q)
     assert_matches(jax.grad(lambda q: jnp.sum(merged(q) ** 2))(inputs.q), whole, dtype="float32", scale=4)
 
 
@@ -136,21 +138,21 @@ def test_auto_says_once_why_a_platform_goes_without_its_kernel(caplog):
         for _ in range(2):
             _run(inputs, "auto")
     messages = [record.message for record in caplog.records if "on tpu" in record.message]
-    assert messages == ["block_sparse_attention runs as xla on tpu: block_q 16 is no multiple of 128"]
+    assert messages == ["block_sparse_attention runs as xla on tpu: block_q 16 is not a multiple of 128"]
 
 
 def test_a_kernel_that_lacks_a_case_says_which():
     inputs = draw_inputs(CASE)
-    with pytest.raises(NotImplementedError, match='"pallas_tpu": block_q 16 is no multiple of 128'):
+    with pytest.raises(NotImplementedError, match='"pallas_tpu": block_q 16 is not a multiple of 128'):
         _run(inputs, "pallas_tpu")
     blocks = BlockLists.from_block_mask(jnp.ones((1, 4, 256, 256), bool), block_q=128, block_k=128)
     q = jax.ShapeDtypeStruct((1, 32768, 4, 8), jnp.float32)
     with pytest.raises(NotImplementedError, match="lists of one batch row take 1028 KiB of scalar memory"):
-        jax.eval_shape(lambda q: block_sparse_attention(q, q, q, blocks, implementation="pallas_tpu"), q)
+        jax.eval_shape(lambda q: attend(q, q, q, blocks=blocks, implementation="pallas_tpu"), q)
 
 
 @pytest.mark.parametrize(("changes", "message"), [
-    (dict(heads=3), "q has 3 heads, no multiple of the 2 of k and v"),
+    (dict(heads=3), "q has 3 heads, which is not a multiple of the 2 heads of k and v"),
     (dict(lists=3), "lists for 2 rows and 3 heads; rows may be 1 or 2, heads 1, 2 .* or 4"),
 ])
 def test_heads_that_do_not_fit_are_refused(changes, message):
@@ -160,29 +162,38 @@ def test_heads_that_do_not_fit_are_refused(changes, message):
 
 def test_arguments_that_do_not_fit_are_refused():
     inputs = draw_inputs(CASE)
+    tokens, blocks = inputs.q_tokens, inputs.blocks
     with pytest.raises(ValueError, match=r"lists 2 blocks of 16 queries and 2 of 16 keys; .* make 1 and 2"):
-        _run(inputs._replace(q=inputs.q[:, :10], mask=MaskSpec()))
+        _run(inputs.replace(q=inputs.q[:, :10], q_tokens=token_info(10)))
     with pytest.raises(ValueError, match="q, k, v are bfloat16, float32, float32"):
-        _run(inputs._replace(q=inputs.q.astype(jnp.bfloat16)))
-    with pytest.raises(ValueError, match=r"mask.segment_ids has shape \[2, 31\]; \[b, 32\] fits"):
-        _run(inputs._replace(mask=MaskSpec(segment_ids=inputs.mask.segment_ids[:, :31])))
-    with pytest.raises(ValueError, match=r"row_select has shape \[2, 3, 1, 32\]"):
-        _run(inputs._replace(mask=MaskSpec(row_select=pack_row_select(jnp.ones((2, 3, 32, 2), bool)))))
-    with pytest.raises(ValueError, match="window -1 must be None"):
-        _run(inputs._replace(mask=MaskSpec(window=-1)))
-    with pytest.raises(ValueError, match=r"mask.sinks has shape \[3\]"):
-        _run(inputs._replace(mask=MaskSpec(sinks=jnp.zeros(3))))
+        _run(inputs.replace(q=inputs.q.astype(jnp.bfloat16)))
+    with pytest.raises(ValueError, match=r"q_tokens.segment has shape \[2, 1, 31\]; \[2, 2, 32\] fits"):
+        _run(inputs.replace(q_tokens=tokens._replace(segment=tokens.segment[:, :, :31])))
+    with pytest.raises(ValueError, match=r"blocks.rows has shape \[2, 3, 1, 32\]"):
+        rows = pack_query_bits(jnp.ones((2, 3, 32, 2), bool))
+        _run(inputs.replace(blocks=dataclasses.replace(blocks, rows=rows)))
+    with pytest.raises(ValueError, match="window -1 must be at least 0"):
+        Window(-1)
+    with pytest.raises(ValueError, match=r"softcap -1\.0 must be None or above 0"):
+        _run(inputs.replace(softcap=-1.0))
+    with pytest.raises(TypeError, match="parameter 'sinks'"):
+        _run(inputs.replace(sinks=jnp.zeros(3)))
 
 
 def test_wrong_lists_fail_where_they_are_known_and_in_debugging_where_they_are_traced():
     inputs = draw_inputs(CASE)
     wrong = dataclasses.replace(inputs.blocks, ids=inputs.blocks.ids + 5)
     with pytest.raises(ValueError, match="entries name no block"):
-        _run(inputs._replace(blocks=wrong))
-    run = jax.jit(partial(_run, debug=True))
+        _run(inputs.replace(blocks=wrong))
+
+    @jax.jit
+    def run(inputs):
+        inputs.blocks.check(when_run=True)
+        return _run(inputs)
+
     jax.block_until_ready(run(inputs))
     with pytest.raises(Exception, match="entries name no block"):
-        jax.block_until_ready(run(inputs._replace(blocks=wrong)))
+        jax.block_until_ready(run(inputs.replace(blocks=wrong)))
         jax.effects_barrier()
 
 
@@ -193,8 +204,8 @@ def test_traced_entries_that_name_no_block_are_as_if_they_were_not_there():
     bad = dataclasses.replace(inputs.blocks, ids=ids, counts=counts)
     good = BlockLists.from_block_mask(
         jnp.zeros((2, 2, 2, 2), bool).at[..., 1].set(True), block_q=16, block_k=16)
-    expected, _ = attention_reference(inputs.q, inputs.k, inputs.v, good, inputs.mask)
-    assert_matches(jax.jit(_run)(inputs._replace(blocks=bad)), expected, dtype="float32", scale=2)
+    expected = _run(inputs.replace(blocks=good), "reference")
+    assert_matches(jax.jit(_run)(inputs.replace(blocks=bad)), expected, dtype="float32", scale=2)
 
 
 @pytest.mark.parametrize("with_gradient", [False, True])
@@ -205,7 +216,7 @@ def test_memory_is_a_small_part_of_all_scores(with_gradient):
 
     def attention(q, k, v, scores):
         blocks = BlockLists.from_top_k(scores, 4, block_q=128, block_k=128)
-        return block_sparse_attention(q, k, v, blocks, implementation="xla")
+        return attend(q, k, v, blocks=blocks, implementation="xla").o
 
     def loss(*inputs):
         return jnp.sum(attention(*inputs) ** 2)

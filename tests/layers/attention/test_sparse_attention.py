@@ -12,12 +12,12 @@ from layers import (
     big_bird_attention,
     dilated_attention,
     document_attention,
-    masked_attention,
     moba_attention,
     native_sparse_attention,
     paged_attention,
     sliding_window_attention,
 )
+from layers.attention.dense import attend_reference
 from tests.support.assertions import assert_matches
 from tests.support.inputs import Draw
 
@@ -33,12 +33,9 @@ def _inputs(seed=0):
 
 
 def _dense(q, k, v, mask):
-    """Attention under [b or 1, h or 1, t, s], head by head."""
-    mask = np.broadcast_to(mask, (B, H, T, T))
-    k, v = (jnp.repeat(x, H // N, axis=2) for x in (k, v))
-    heads = [masked_attention(q[:, :, [h]], k[:, :, [h]], v[:, :, [h]], jnp.asarray(mask[:, h]),
-                              implementation="reference") for h in range(H)]
-    return jnp.concatenate(heads, axis=2)
+    """Attention under [b or 1, h or 1, t, s]."""
+    allowed = jnp.asarray(np.broadcast_to(mask, (B, H, T, T)))
+    return attend_reference(q, k, v, allowed, scale=q.shape[-1] ** -0.5).o
 
 
 @pytest.mark.parametrize("segments", [None, SEGMENTS])
@@ -149,9 +146,8 @@ def test_a_query_reads_its_pages_in_any_order_and_shares_them():
     for row, length in enumerate(lengths):
         slots = [(table[row, t // page], t % page) for t in range(length)]
         k, v = (jnp.stack([pages[at] for at in slots])[None] for pages in (k_pages, v_pages))
-        expected = masked_attention(q[row][None, None], jnp.repeat(k, 2, axis=2), jnp.repeat(v, 2, axis=2),
-                                    jnp.ones((1, 1, length), bool), implementation="reference")
-        assert_matches(y[row], expected[0, 0], dtype="float32", scale=2)
+        expected = attend_reference(q[row][None, None], k, v, jnp.ones((1, 1, 1, length), bool), scale=K**-0.5)
+        assert_matches(y[row], expected.o[0, 0], dtype="float32", scale=2)
     fewer = jnp.asarray(lengths - [3, 0, 0])
     shorter = run(q, k_pages, v_pages, jnp.asarray(table), fewer, jnp.asarray(positions))
     assert run._cache_size() == 1, "tables and lengths are values"
