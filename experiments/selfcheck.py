@@ -18,9 +18,11 @@ from experiments import commands
 from experiments.errors import run_command
 from experiments.pages.tables import aligned
 from layers import (
+    CAUSAL,
+    SAME_SEGMENT,
     BlockLists,
-    MaskSpec,
-    block_sparse_attention,
+    Window,
+    attend,
     diagonal_recurrence,
     dplr_recurrence,
     gated_delta_rule,
@@ -28,6 +30,7 @@ from layers import (
     log_linear_attention,
     smooth,
     ssd_scan,
+    token_info,
 )
 
 LIMITS = {"float32": 2e-6, "bfloat16": 5e-3}  # a rounding to bfloat16 costs about 1.6e-3, and gradients take a few
@@ -88,15 +91,16 @@ def _hostile_gates(draw: np.random.Generator, *shape: int) -> jax.Array:
 def _attention_checks(draw: np.random.Generator, implementations: tuple[str, ...]) -> Iterator[Check]:
     normal = functools.partial(_normal, draw)
     documents = jnp.asarray(np.sort(draw.integers(0, 4, (2, 700))), jnp.int32)
-    for case, heads, key_heads, width, mask in (
-            ("causal", 4, 4, 128, MaskSpec()),
-            ("window, softcap, shared keys", 8, 2, 64, MaskSpec(window=200, softcap=20.0)),
-            ("segments", 4, 1, 128, MaskSpec(segment_ids=documents))):
+    mask = CAUSAL & SAME_SEGMENT
+    for case, heads, key_heads, width, options in (
+            ("causal", 4, 4, 128, dict(mask=mask)),
+            ("window, softcap, shared keys", 8, 2, 64, dict(mask=mask & Window(200), softcap=20.0)),
+            ("segments", 4, 1, 128, dict(mask=mask, q_tokens=token_info(700, segment_ids=documents)))):
         chosen = jnp.asarray(draw.random((2, key_heads, 6, 6)) < 0.6)
         lists = BlockLists.from_block_mask(chosen, block_q=128, block_k=128)
 
-        def run(implementation, q, k, v, lists=lists, mask=mask):
-            return block_sparse_attention(q, k, v, lists, mask=mask, implementation=implementation)
+        def run(implementation, q, k, v, lists=lists, options=options):
+            return attend(q, k, v, blocks=lists, implementation=implementation, **options).o
 
         yield Check("block_sparse_attention", case, run, (
             normal(2, 700, heads, width), normal(2, 700, key_heads, width), normal(2, 700, key_heads, width)),

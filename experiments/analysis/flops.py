@@ -1,8 +1,9 @@
 """Floating-point operations, counted on the traced program: nothing is run and no weight is allocated.
 
 Only matmuls and convolutions count, at 2 per multiply-add, as they are computed: attention forms all its scores,
-those that the mask throws away too. A scan counts its body as often as it runs; of the ways of a cond, the
-costliest counts, so a stage that may grow is counted at its largest capacity.
+those that the mask throws away too. A scan counts its body as often as it runs; the costliest branch of a cond
+counts, so a stage that may grow is counted at its largest capacity. Block-sparse attention, whose loops follow
+lists that only the run knows, states its own cost (`layers.arrays.cost`): that of all tiles its lists can hold.
 """
 import dataclasses
 import math
@@ -14,27 +15,28 @@ import jax
 import jax.numpy as jnp
 
 from hnet import HNetConfig, HNetLM, parameter_shapes
+from layers.arrays.cost import stated_flops
 
 
 def count_flops(function: Callable[..., Any], *arguments: Any) -> int:
-    """Counts what one call takes.
+    """Counts the FLOPs of one call.
 
     Args:
       arguments: pytrees of arrays or ShapeDtypeStructs.
     Raises:
       ValueError: the program has a loop whose length is not known beforehand.
     """
-    return _of_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return _count_jaxpr(jax.make_jaxpr(function)(*arguments).jaxpr)
 
 
 @cache
 def model_flops_per_byte(
     config: HNetConfig, sequence_length: int, tokens_per_chunk: tuple[float, ...]
 ) -> float:
-    """Forward FLOPs per byte of a row of `sequence_length` bytes.
+    """Counts forward FLOPs per byte of a row of `sequence_length` bytes.
 
     Args:
-      tokens_per_chunk: of each chunking stage, outermost first: how many of its own tokens a chunk holds, as
+      tokens_per_chunk: how many of its own tokens a chunk of each chunking stage holds, outermost first, as
         realised. Training takes three times as much, and more where activations are computed again.
     Raises:
       ValueError: not one number per chunking stage, or one below 1.
@@ -56,12 +58,15 @@ def model_flops_per_byte(
     return count_flops(forward, parameter_shapes(config), tokens, tokens) / sequence_length
 
 
-def _of_jaxpr(jaxpr: Any) -> int:
-    return sum(_of_equation(equation) for equation in jaxpr.eqns)
+def _count_jaxpr(jaxpr: Any) -> int:
+    return sum(_count_equation(equation) for equation in jaxpr.eqns)
 
 
-def _of_equation(equation: Any) -> int:
+def _count_equation(equation: Any) -> int:
     name, params = equation.primitive.name, equation.params
+    stated = stated_flops(str(params.get("name", "")))
+    if stated is not None:
+        return stated
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         shape = equation.invars[0].aval.shape
@@ -71,18 +76,18 @@ def _of_equation(equation: Any) -> int:
         outputs_axis = params["dimension_numbers"].rhs_spec[0]
         return 2 * _size(equation.outvars[0]) * math.prod(kernel) // kernel[outputs_axis]
     if name == "while":
-        inside = sum(map(_of_jaxpr, _inner_jaxprs([params["body_jaxpr"]])))
+        inside = sum(map(_count_jaxpr, _inner_jaxprs([params["body_jaxpr"]])))
         if inside:
             raise ValueError("the program has matmuls in a loop whose length is not known beforehand")
         return 0
     if name == "cond":
-        return max(sum(map(_of_jaxpr, _inner_jaxprs([branch]))) for branch in params["branches"])
+        return max(sum(map(_count_jaxpr, _inner_jaxprs([branch]))) for branch in params["branches"])
     times = params["length"] if name == "scan" else 1
-    return times * sum(map(_of_jaxpr, _inner_jaxprs(params.values())))
+    return times * sum(map(_count_jaxpr, _inner_jaxprs(params.values())))
 
 
 def _inner_jaxprs(values: Sequence[Any]) -> list[Any]:
-    """The jaxprs among an equation's parameters, open or closed, alone or in a tuple."""
+    """Finds the jaxprs among an equation's parameters, open or closed, alone or in a tuple."""
     found = []
     for value in values:
         for each in value if isinstance(value, tuple | list) else (value,):

@@ -26,10 +26,9 @@ from experiments import commands
 from experiments.benchmarks.timing import interleaved_seconds, write_results
 from experiments.errors import run_command
 from experiments.pages.pictures import Row, Rows, picture
-from layers import BlockLists, MaskSpec, block_sparse_attention
+from layers import SAME_SEGMENT, BlockLists, attend
 
 DENSITIES = (1, 1 / 2, 1 / 4, 1 / 8, 1 / 16)
-EVERYTHING = MaskSpec(causal=False)
 KERNELS = {"tpu": ["pallas_tpu"], "gpu": ["pallas_gpu"], "cpu": []}
 
 
@@ -198,7 +197,7 @@ def plot(rows: list[dict[str, Any]]) -> str:
 
 
 def _sparse(implementation: str, q, k, v, lists):
-    return block_sparse_attention(q, k, v, lists, mask=EVERYTHING, implementation=implementation)
+    return attend(q, k, v, mask=SAME_SEGMENT, blocks=lists, implementation=implementation).o
 
 
 def _compiled(attention: Callable, backward: bool) -> Callable:

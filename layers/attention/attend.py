@@ -106,8 +106,8 @@ def _check(
     kinds = DENSE if blocks is None else SPARSE
     if implementation != "auto" and implementation not in kinds:
         raise NotImplementedError(
-            f'implementation="{implementation}" is {"for" if blocks is None else "not for"} blocks; '
-            f"{', '.join(kinds)} fit")
+            f'implementation="{implementation}" is not for attention {"without" if blocks is None else "with"} '
+            f"blocks; {', '.join(kinds)} are")
     if kv_tokens is None:
         if q_tokens is not None and num_queries != num_keys:
             raise ValueError(

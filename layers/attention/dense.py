@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Bool, Float, typed
+from layers.arrays.cost import with_flops
 from layers.arrays.exact import exact_einsum
 from layers.attention.attended import Attended
 from layers.attention.softcap import softcap
@@ -53,18 +54,17 @@ def attend_dense(
     else:
         o = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, implementation=implementation)
     o = jnp.where(jnp.any(mask, axis=-1).swapaxes(1, 2)[..., None], o, 0)
-    # Where nobody reads it, the compiler leaves this out.
-    _, lse = _softmax(_scores_as_jax_nn(q, k) * scale, allowed[:, :, None])
-    return Attended(o, lse.reshape(q.shape[0], q.shape[2], q.shape[1]))
+    # The compiler leaves this out where nobody reads it; otherwise it takes the scores from the output's program.
+    return Attended(o, with_flops("log_sum_exp", 0, _log_sum_exp, scale)(q, k, allowed))
 
 
 def lacking(implementation: str, has_key_bias: bool, has_cap: bool, widths_differ: bool) -> str | None:
     """Says why a dense implementation cannot run a call; None if it can."""
     if implementation not in ("cudnn", "tokamax"):
         return None
-    cases = {"a key_bias": has_key_bias, "a softcap": has_cap, "values as wide as no key": widths_differ}
+    cases = {"a key_bias": has_key_bias, "a softcap": has_cap, "values of another width than keys": widths_differ}
     missing = [case for case, is_there in cases.items() if is_there]
-    return f'{" and ".join(missing)} is not passed on to it; "xla" has it' if missing else None
+    return f'{" and ".join(missing)} are not passed on to it; "xla" has them' if missing else None
 
 
 def _attend_xla(q, k, v, allowed, key_bias, scale, cap) -> Attended:
@@ -78,15 +78,16 @@ def _attend_xla(q, k, v, allowed, key_bias, scale, cap) -> Attended:
     return Attended(o.reshape(*q.shape[:3], -1).astype(v.dtype), lse.reshape(q.shape[0], q.shape[2], q.shape[1]))
 
 
-def _scores_as_jax_nn(q: jax.Array, k: jax.Array) -> jax.Array:
-    """q . k, [b, n, g, t, s] float32, by the matmul of jax.nn: XLA computes it once where both are used."""
+def _log_sum_exp(scale: float, q: jax.Array, k: jax.Array, allowed: jax.Array) -> jax.Array:
+    """Computes the lse from scores by the matmul of jax.nn, so that XLA finds the two to be the same."""
     precision = jax.lax.DotAlgorithmPreset.BF16_BF16_F32 if q.dtype == jnp.bfloat16 else None
     queries = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
 
     def scores(queries):
         return jnp.einsum("btnk,bsnk->bnts", queries, k, precision=precision, preferred_element_type=jnp.float32)
 
-    return jax.vmap(scores, in_axes=3, out_axes=2)(queries)
+    _, lse = _softmax(jax.vmap(scores, in_axes=3, out_axes=2)(queries) * scale, allowed[:, :, None])
+    return lse.reshape(q.shape[0], q.shape[2], q.shape[1])
 
 
 def _softmax(scores: jax.Array, allowed: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -1,9 +1,11 @@
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+import layers
 from experiments.analysis.flops import count_flops, model_flops_per_byte
 from hnet import HNetConfig
 from tests.support.models import make_stage
@@ -52,6 +54,39 @@ def test_a_loop_of_unknown_length_is_refused():
 
     with pytest.raises(ValueError, match="loop whose length is not known"):
         count_flops(run, _array(3, 5), _array(5, 5))
+
+
+def test_block_sparse_attention_counts_all_tiles_that_its_lists_have_room_for():
+    """One cost on every platform and in every implementation, in loops and batches, with both passes backward."""
+    def attend(q, k, v, implementation="auto"):
+        return layers.sliding_window_attention(q, k, v, window=20, block=16, implementation=implementation)
+
+    q, kv = _array(2, 64, 4, 8), _array(2, 64, 2, 8)
+    tiles = 4 * 3 * 2 * 4  # 4 blocks of queries read up to 3 of keys, for 2 rows and 4 heads
+    per_product = 2 * 16 * 16 * 8
+    forward = count_flops(attend, q, kv, kv)
+    assert forward == count_flops(partial(attend, implementation="xla"), q, kv, kv) == tiles * 2 * per_product
+    gradient = count_flops(jax.grad(lambda *x: jnp.sum(attend(*x) ** 2), (0, 1, 2)), q, kv, kv)
+    assert gradient == tiles * (2 + 7) * per_product
+    several = [jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in (q, kv, kv)]
+    assert count_flops(jax.vmap(attend), *several) == 3 * forward
+
+
+def test_the_log_sum_exp_of_attention_costs_no_second_pass_over_the_scores():
+    x = _array(1, 32, 2, 8)
+    once = 2 * 2 * 2 * 32 * 32 * 8
+    assert count_flops(lambda x: layers.attend(x, x, x).o, x) == once
+    assert count_flops(lambda x: tuple(layers.attend(x, x, x)), x) == once
+    compiled = jax.jit(lambda x: tuple(layers.attend(x, x, x))).lower(x).compile()
+    assert compiled.as_text().count(" dot(") == 2
+
+
+def test_a_layer_of_sparse_attention_has_a_cost():
+    layer = layers.SparseAttention(
+        num_heads=4, num_key_heads=2, attend=partial(layers.moba_attention, top_k=2, block=16))
+    x = _array(1, 64, 16)
+    params = jax.eval_shape(layer.init, jax.random.key(0), x)
+    assert count_flops(layer.apply, params, x) > 2 * 64 * 16 * 16
 
 
 WIDTH, FEED_FORWARD, LAYERS, T, VOCAB = 16, 24, 3, 32, 61

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from layers.attention.block_lists import BlockLists
+from layers.attention.attend import attend
+from layers.attention.block_lists import BlockLists, pack_query_bits
 from layers.attention.block_sparse import pallas_gpu
-from layers.attention.block_sparse.reference import attention_reference
-from layers.attention.block_sparse.tiles import Settings, Sizes, make_tiles
-from layers.attention.mask_spec import MaskSpec, pack_row_select
+from layers.attention.block_sparse.tiles import AttentionSettings, Sizes, make_tiles
+from layers.attention.mask import CAUSAL, SAME_SEGMENT, Bits, Mask, Window, token_info
 from tests.support.assertions import assert_matches
 
 plgpu = pytest.importorskip("jax.experimental.pallas.mosaic_gpu")
@@ -27,25 +27,29 @@ def _few_slots(monkeypatch):
     monkeypatch.setattr(pallas_gpu, "MAX_SLOTS", 2)
 
 
-def _settings(mask: MaskSpec, *, width: int, block_k: int, interpret) -> Settings:
-    return Settings(block_q=128, block_k=block_k, causal=mask.causal, window=mask.window, softcap=mask.softcap,
-                    scale=mask.scale or width ** -0.5, implementation="pallas_gpu", interpret=interpret)
+def _settings(mask: Mask, *, width: int, block_k: int, interpret, softcap=None) -> AttentionSettings:
+    return AttentionSettings(block_q=128, block_k=block_k, mask=mask, softcap=softcap, scale=width ** -0.5,
+                             implementation="pallas_gpu", interpret=interpret)
 
 
-def _run(mask: MaskSpec, blocks: BlockLists, interpret, inputs, cotangents):
+def _run(mask: Mask, softcap, tokens, blocks: BlockLists, interpret, inputs, cotangents):
     """Output, lse and gradients, time first as callers see them."""
     (q, k, v), (do, dlse) = inputs, cotangents
-    settings = _settings(mask, width=q.shape[-1], block_k=blocks.block_k, interpret=interpret)
-    tiles = make_tiles(blocks, mask, q.shape[0], q.shape[1], k.shape[1])
+    settings = _settings(mask, width=q.shape[-1], block_k=blocks.block_k, interpret=interpret, softcap=softcap)
+    tiles = make_tiles(blocks, mask, *tokens, batch=q.shape[0])
     o, lse = pallas_gpu.forward(settings, q, k, v, tiles)
     delta = jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1).swapaxes(1, 2) - dlse
     return o, lse, pallas_gpu.backward(settings, q, k, v, tiles, lse, delta, do)
 
 
-def _check(mask, listed, *, heads=1, key_heads=1, width=64, value_width=None, block_k=64, detect_races=False):
-    """Compares with the definition for the blocks in `listed` [b, m, i, j]; returns what the kernels gave."""
+def _check(mask, listed, *, heads=1, key_heads=1, width=64, value_width=None, block_k=64, detect_races=False,
+           softcap=None, rows=None, positions=None, segments=None, bits=None):
+    """Compares with the definition for the blocks in `listed` [b, m, i, j]; returns the results of the kernels."""
     batch, num_queries, num_keys = listed.shape[0], 128 * listed.shape[2], block_k * listed.shape[3]
     blocks = BlockLists.from_block_mask(listed, block_q=128, block_k=block_k)
+    blocks = dataclasses.replace(blocks, rows=rows)
+    tokens = (token_info(num_queries, positions=positions, segment_ids=segments, bits=bits),
+              token_info(num_keys, segment_ids=segments, bits=bits))
     keys = jax.random.split(jax.random.key(heads + width), 5)
     value_width = value_width or width
     shapes = [(num_queries, heads, width), (num_keys, key_heads, width), (num_keys, key_heads, value_width),
@@ -54,12 +58,14 @@ def _check(mask, listed, *, heads=1, key_heads=1, width=64, value_width=None, bl
                    for key, shape in zip(keys, shapes, strict=False))
     dlse = jax.random.normal(keys[4], (batch, heads, num_queries))
     exact = [x.astype(jnp.float32) for x in inputs]
-    (expected, expected_lse), vjp = jax.vjp(lambda *x: attention_reference(*x, blocks, mask), *exact)
+    (expected, expected_lse), vjp = jax.vjp(lambda *x: tuple(attend(
+        *x, mask=mask, q_tokens=tokens[0], kv_tokens=tokens[1], blocks=blocks, softcap=softcap,
+        implementation="reference")), *exact)
     seen = expected_lse > -jnp.inf
     expected_gradients = vjp((do.astype(jnp.float32), jnp.where(seen, dlse, 0)))
 
     interpret = plgpu.InterpretGPUParams(detect_races=detect_races)
-    o, lse, gradients = _run(mask, blocks, interpret, inputs, (do, dlse))
+    o, lse, gradients = _run(mask, softcap, tokens, blocks, interpret, inputs, (do, dlse))
 
     np.testing.assert_array_equal(lse > -jnp.inf, seen)
     assert_matches(jnp.where(seen, lse, 0), jnp.where(seen, expected_lse, 0), dtype="float32", scale=2)
@@ -78,26 +84,29 @@ def _listed(*, lists=1, block_k=64, batch=1):
     return jax.random.bernoulli(jax.random.key(3), 0.7, (batch, lists, T // 128, T // block_k))
 
 
+MASK = CAUSAL & SAME_SEGMENT
 SEGMENTS = jnp.where(jnp.arange(T) < 10, 0, 1 + jnp.arange(T) // 90)[None]
-CHOSEN = pack_row_select(jax.random.bernoulli(jax.random.key(9), 0.5, (1, 1, T, T // 64)))
+BITS = jnp.where(jnp.arange(T) % 37 < 3, 5, 0)[None]
+CHOSEN = pack_query_bits(jax.random.bernoulli(jax.random.key(9), 0.5, (1, 1, T, T // 64)))
 
 
 @pytest.mark.parametrize("width", [64, 128])
 def test_matches_the_definition_without_races(width):
     everything = jnp.ones((1, 1, T // 128, T // 64), bool)
-    _check(MaskSpec(), everything, heads=2, width=width, detect_races=True)
+    _check(MASK, everything, heads=2, width=width, detect_races=True)
 
 
 @pytest.mark.parametrize(("mask", "options"), [
-    pytest.param(MaskSpec(window=100, softcap=2.0), dict(block_k=128), id="window and softcap"),
-    pytest.param(MaskSpec(causal=False), dict(), id="without a mask"),
-    pytest.param(MaskSpec(segment_ids=SEGMENTS), dict(), id="segments"),
-    pytest.param(MaskSpec(row_select=CHOSEN), dict(heads=2), id="keys chosen per query"),
-    pytest.param(MaskSpec(), dict(heads=4, key_heads=2, lists=2), id="lists per key head"),
-    pytest.param(MaskSpec(), dict(heads=4, key_heads=2, lists=4, block_k=128), id="lists per query head"),
-    pytest.param(MaskSpec(), dict(width=96, value_width=64), id="widths that are padded"),
-    pytest.param(MaskSpec(), dict(width=192, heads=2), id="wide heads"),
-    pytest.param(MaskSpec(offset=jnp.array([0, 5])), dict(batch=2), id="positions per row"),
+    pytest.param(MASK & Window(100), dict(block_k=128, softcap=2.0), id="window and softcap"),
+    pytest.param(SAME_SEGMENT, dict(), id="without a mask"),
+    pytest.param(MASK, dict(segments=SEGMENTS), id="segments"),
+    pytest.param(CAUSAL & (Window(40) | Bits()), dict(segments=SEGMENTS, bits=BITS), id="bits"),
+    pytest.param(MASK, dict(heads=2, rows=CHOSEN), id="keys chosen per query"),
+    pytest.param(MASK, dict(heads=4, key_heads=2, lists=2), id="lists per key head"),
+    pytest.param(MASK, dict(heads=4, key_heads=2, lists=4, block_k=128), id="lists per query head"),
+    pytest.param(MASK, dict(width=96, value_width=64), id="widths that are padded"),
+    pytest.param(MASK, dict(width=192, heads=2), id="wide heads"),
+    pytest.param(MASK, dict(batch=2, positions=jnp.arange(T) + jnp.array([[0], [5]])), id="positions per row"),
 ])
 def test_matches_the_definition(mask, options):
     options = dict(options)
@@ -109,17 +118,17 @@ def test_matches_the_definition(mask, options):
 def test_choice_per_query_among_more_blocks_than_a_word_has_bits():
     chosen = jax.random.bernoulli(jax.random.key(9), 0.5, (1, 1, 128, 34))
     listed = jnp.isin(jnp.arange(34), jnp.array([1, 32, 33]))[None, None, None]
-    _check(MaskSpec(causal=False, row_select=pack_row_select(chosen)), listed)
+    _check(SAME_SEGMENT, listed, rows=pack_query_bits(chosen))
 
 
 def test_what_is_in_no_list_gets_nothing():
     listed = jnp.array([[[[True, False, False, True], [False, False, False, False]]]])  # the second query block
-    o, lse, (dq, _, _) = _check(MaskSpec(causal=False), listed)
+    o, lse, (dq, _, _) = _check(SAME_SEGMENT, listed)
     assert (o[:, 128:] == 0).all() and (lse[:, :, 128:] == -jnp.inf).all() and (dq[:, 128:] == 0).all()
 
 
 def test_says_why_it_cannot_run():
-    settings = _settings(MaskSpec(), width=64, block_k=64, interpret=True)
+    settings = _settings(MASK, width=64, block_k=64, interpret=True)
 
     def reason(dtype=jnp.bfloat16, width=64, value_width=64, **changes):
         return pallas_gpu.unsupported(
