@@ -8,7 +8,7 @@ from layers.arrays.segments import (
     segment_positions,
     segment_starts,
 )
-from layers.attention.attend import attend, dot_product_attention, masked_attention
+from layers.attention.attend import attend
 from layers.attention.attended import Attended, merge
 from layers.attention.block_lists import BlockLists
 from layers.attention.mask import (
@@ -31,11 +31,11 @@ from layers.attention.patterns import (
     document_attention,
     sliding_window_attention,
 )
+from layers.attention.sharded import sharded_attend
 from layers.cache.cached_attention import CachedAttention, cached_attention
 from layers.cache.kv_cache import KVCache, KVUpdate, Placement, empty_update, place
 from layers.cache.policies import POLICIES, KeepAll, KeepRecent, KeepSinksAndRecent, make_policy
 from layers.cache.policy import CachePolicy, keep_best
-from layers.attention.sharded import sharded_attend
 from layers.chunking.chunker import Chunker, ChunkInfo
 from layers.chunking.gather import chunk, dechunk, pack_rows, straight_through
 from layers.chunking.partition import Partition, pack_segments
@@ -107,13 +107,12 @@ __all__ = [
     "big_bird_attention", "boundary_probability", "cached_attention", "carried_segment",
     "causal_depthwise_conv", "choose", "choose_in_groups", "chunk", "chunk_lengths", "chunk_pooled",
     "dechunk", "diagonal_recurrence", "dilated_attention", "discretize", "document_attention",
-    "dot_product_attention", "dplr_recurrence", "empty_update", "gated_delta_product",
-    "gated_delta_rule", "gated_linear_attention", "gated_slot_attention", "hgrn", "hippo_legs",
-    "is_spacelike", "keep_best", "last_real", "last_segment", "linear_attention", "log_linear_attention",
-    "make_policy", "masked_attention", "merge", "min_gru", "mlstm", "moba_attention",
-    "native_sparse_attention", "pack_rows", "pack_segments", "paged_attention", "place", "ratio_loss",
-    "retention", "retention_log_decay", "rg_lru", "rms_norm", "rotary", "rwkv6_recurrence", "s4d",
-    "s4d_kernel", "s5", "segment_ordinals", "segment_positions", "segment_starts",
-    "selected_blocks_attention", "sharded_attend", "sliding_window_attention", "smooth", "ssd_scan",
-    "straight_through", "summarize", "summarize_next", "token_info", "ttt_linear",
+    "dplr_recurrence", "empty_update", "gated_delta_product", "gated_delta_rule",
+    "gated_linear_attention", "gated_slot_attention", "hgrn", "hippo_legs", "is_spacelike", "keep_best",
+    "last_real", "last_segment", "linear_attention", "log_linear_attention", "make_policy", "merge",
+    "min_gru", "mlstm", "moba_attention", "native_sparse_attention", "pack_rows", "pack_segments",
+    "paged_attention", "place", "ratio_loss", "retention", "retention_log_decay", "rg_lru", "rms_norm",
+    "rotary", "rwkv6_recurrence", "s4d", "s4d_kernel", "s5", "segment_ordinals", "segment_positions",
+    "segment_starts", "selected_blocks_attention", "sharded_attend", "sliding_window_attention",
+    "smooth", "ssd_scan", "straight_through", "summarize", "summarize_next", "token_info", "ttt_linear",
 ]

@@ -41,7 +41,7 @@ class Case:
     select: bool = False
     sinks: bool = False
     shared_lists: bool = False  # one for all batch rows
-    dense: bool = False         # no lists
+    dense: bool = False         # no lists; keys of the same tokens as the queries, if as many
     dtype: str = "float32"
 
 
@@ -58,7 +58,7 @@ class Inputs:
     v: jax.Array
     blocks: BlockLists | None
     q_tokens: TokenInfo
-    kv_tokens: TokenInfo
+    kv_tokens: TokenInfo | None
     key_bias: jax.Array | None
     sinks: jax.Array | None
     do: jax.Array
@@ -92,6 +92,8 @@ def draw_inputs(case: Case, seed: int = 0) -> Inputs:
     blocks = None if case.dense else BlockLists.from_block_mask(
         jnp.asarray(block_mask), block_q=case.block_q, block_k=case.block_k)
     q_tokens, kv_tokens = _draw_tokens(case, rng)
+    if case.dense and case.t == case.s and case.offset == 0:
+        kv_tokens = None
     if case.select and blocks is not None:
         chosen = jnp.asarray(rng.random((rows, case.lists, case.t, num_j)) < 0.7)
         blocks = dataclasses.replace(blocks, rows=pack_query_bits(chosen))

@@ -65,7 +65,8 @@ def _exact(case: Case, dense: bool):
     """Values and gradients in float64, by autodiff of the definition."""
     inputs = draw_inputs(dataclasses.replace(case, dense=dense))
     groups = case.heads // case.key_heads
-    allowed = np.asarray(pairs(inputs.mask, inputs.q_tokens, inputs.kv_tokens))
+    kv_tokens = inputs.q_tokens if inputs.kv_tokens is None else inputs.kv_tokens
+    allowed = np.asarray(pairs(inputs.mask, inputs.q_tokens, kv_tokens))
     allowed = np.repeat(allowed, case.heads // allowed.shape[1], axis=1)
     if not dense:
         listed = np.asarray(inputs.blocks.to_dense())
@@ -123,22 +124,25 @@ def test_values_and_gradients_are_those_of_the_definition(name, run):
     assert_matches(list(gradients), expected_gradients, dtype="float32", scale=2)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "tokamax", "cudnn"])
+@pytest.mark.parametrize(("implementation", "dtype"), [
+    ("xla", "float32"), ("xla", "bfloat16"), ("tokamax", "float32"), ("tokamax", "bfloat16"),
+    ("cudnn", "bfloat16")])
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("t", [1, 7, 64])
-def test_dense_implementations_match_the_reference_in_bfloat16(t, window, implementation):
+def test_dense_implementations_match_the_reference(t, window, implementation, dtype):
     if implementation == "tokamax":
         pytest.importorskip("tokamax")
     if implementation == "cudnn" and jax.default_backend() != "gpu":
         pytest.skip("cuDNN needs an NVIDIA GPU")
-    case = Case(t=t, s=t, heads=3, key_heads=3, window=window, segments=True, dense=True, dtype="bfloat16")
-    inputs = draw_inputs(case).replace(dlse=jnp.zeros((case.b, case.heads, t)))
+    inputs = draw_inputs(
+        Case(t=t, s=t, heads=3, key_heads=3, window=window, segments=True, dense=True, dtype=dtype))
     expected, expected_gradients, _ = values_and_gradients(in_float32(inputs), implementation="reference")
     actual, gradients, _ = values_and_gradients(inputs, implementation=implementation)
-    assert actual["o"].dtype == jnp.bfloat16
+    assert actual["o"].dtype == jnp.dtype(dtype)
     # bfloat16 probabilities are a second rounding; their gradients a third and fourth.
-    assert_matches(actual, expected, dtype="bfloat16", scale=2)
-    assert_matches(gradients, expected_gradients, dtype="bfloat16", scale=4)
+    scale = 2 if dtype == "bfloat16" else 1
+    assert_matches(actual, expected, dtype=dtype, scale=scale)
+    assert_matches(gradients, expected_gradients, dtype=dtype, scale=2 * scale)
 
 
 def test_dense_attention_is_that_of_jax_nn_to_the_last_bit():
