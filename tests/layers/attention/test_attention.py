@@ -1,5 +1,4 @@
 """Attention as a layer: packed rows, and a cache against the whole sequence."""
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +10,6 @@ from tests.support.inputs import Draw
 
 
 def test_module_restarts_positions_with_every_segment():
-    module = Attention(num_heads=2, rotary_width=8)
     x = Draw(1)(1, 12, 32)
     ids = jnp.array([[1] * 5 + [2] * 7])
     params = jax.jit(module.init)(jax.random.key(0), x)
