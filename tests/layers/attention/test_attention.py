@@ -8,8 +8,8 @@ from layers import Attention, KeepAll
 from tests.support.inputs import Draw
 
 
-
 def test_module_restarts_positions_with_every_segment():
+    module = Attention(num_heads=2, rotary_width=8)
     x = Draw(1)(1, 12, 32)
     ids = jnp.array([[1] * 5 + [2] * 7])
     params = jax.jit(module.init)(jax.random.key(0), x)
