@@ -31,7 +31,7 @@ from layers.attention.patterns import (
     document_attention,
     sliding_window_attention,
 )
-from layers.attention.sharded import sharded_attend
+from layers.attention.segment_blocks import moba_in_segments, native_sparse_in_segments
 from layers.cache.cached_attention import CachedAttention, cached_attention
 from layers.cache.kv_cache import KVCache, KVUpdate, Placement, empty_update, place
 from layers.cache.policies import POLICIES, KeepAll, KeepRecent, KeepSinksAndRecent, make_policy
@@ -60,6 +60,7 @@ from layers.chunking.summary import (
     summarize_next,
 )
 from layers.mixers.attention import Attention
+from layers.mixers.cached_mixer import CachedMixer
 from layers.mixers.gated_delta_net import DeltaNetState, GatedDeltaNet
 from layers.mixers.gla import GLA, GLAState
 from layers.mixers.griffin import GriffinRecurrentBlock, GriffinState
@@ -96,23 +97,24 @@ from layers.recurrences.ttt_linear import TTTState, ttt_linear
 
 __all__ = [
     "CAUSAL", "GLA", "HGRN2", "MLSTM", "POLICIES", "S5", "SAME_SEGMENT", "Attended", "Attention", "Bits",
-    "BlockLists", "CachePolicy", "CachedAttention", "Causal", "CausalDepthwiseConv", "Choice",
+    "BlockLists", "CachePolicy", "CachedAttention", "CachedMixer", "Causal", "CausalDepthwiseConv", "Choice",
     "ChunkInfo", "Chunker", "CosineRouter", "DeltaNetState", "GLAState", "GatedDeltaNet", "GivenRouter",
-    "GriffinRecurrentBlock", "GriffinState", "HGRN2State", "KVCache", "KVUpdate", "KeepAll",
-    "KeepRecent", "KeepSinksAndRecent", "LinearAttentionState", "MLSTMMemory", "Mamba2", "Mamba2State",
-    "Mask", "MinGRU", "MinGRUState", "Mixer", "NativeSparseAttention", "Partition", "Placement",
-    "PoolState", "PoolingScores", "RGLRUState", "RMSNorm", "RWKV7State", "RWKV7TimeMix", "RotaryScaling",
-    "RouterHints", "RouterState", "S5State", "SameSegment", "SlotState", "SpaceRouter",
-    "SparseAttention", "StrideRouter", "SwiGLU", "TTTState", "TokenInfo", "Window", "attend",
-    "big_bird_attention", "boundary_probability", "cached_attention", "carried_segment",
-    "causal_depthwise_conv", "choose", "choose_in_groups", "chunk", "chunk_lengths", "chunk_pooled",
-    "dechunk", "diagonal_recurrence", "dilated_attention", "discretize", "document_attention",
-    "dplr_recurrence", "empty_update", "gated_delta_product", "gated_delta_rule",
-    "gated_linear_attention", "gated_slot_attention", "hgrn", "hippo_legs", "is_spacelike", "keep_best",
-    "last_real", "last_segment", "linear_attention", "log_linear_attention", "make_policy", "merge",
-    "min_gru", "mlstm", "moba_attention", "native_sparse_attention", "pack_rows", "pack_segments",
-    "paged_attention", "place", "ratio_loss", "retention", "retention_log_decay", "rg_lru", "rms_norm",
-    "rotary", "rwkv6_recurrence", "s4d", "s4d_kernel", "s5", "segment_ordinals", "segment_positions",
-    "segment_starts", "selected_blocks_attention", "sharded_attend", "sliding_window_attention",
-    "smooth", "ssd_scan", "straight_through", "summarize", "summarize_next", "token_info", "ttt_linear",
+    "GriffinRecurrentBlock", "GriffinState", "HGRN2State", "KVCache", "KVUpdate", "KeepAll", "KeepRecent",
+    "KeepSinksAndRecent", "LinearAttentionState", "MLSTMMemory", "Mamba2", "Mamba2State", "Mask", "MaskSpec",
+    "MinGRU", "MinGRUState", "Mixer", "NativeSparseAttention", "Partition", "Placement", "PoolState",
+    "PoolingScores", "RGLRUState", "RMSNorm", "RWKV7State", "RWKV7TimeMix", "RotaryScaling", "RouterHints",
+    "RouterState", "S5State", "SameSegment", "SlotState", "SpaceRouter", "SparseAttention", "StrideRouter",
+    "SwiGLU", "TTTState", "TokenInfo", "Window", "attend", "big_bird_attention", "block_sparse_attention",
+    "boundary_probability", "cached_attention", "carried_segment", "causal_depthwise_conv", "choose",
+    "choose_in_groups", "chunk", "chunk_lengths", "chunk_pooled", "dechunk", "diagonal_recurrence",
+    "dilated_attention", "discretize", "document_attention", "dot_product_attention", "dplr_recurrence",
+    "empty_update", "gated_delta_product", "gated_delta_rule", "gated_linear_attention", "gated_slot_attention",
+    "hgrn", "hippo_legs", "is_spacelike", "keep_best", "last_real", "last_segment", "linear_attention",
+    "log_linear_attention", "make_policy", "masked_attention", "merge", "merge_by_lse", "min_gru", "mlstm",
+    "moba_attention", "moba_in_segments", "native_sparse_attention", "native_sparse_in_segments",
+    "pack_row_select", "pack_rows", "pack_segments", "paged_attention", "place", "ratio_loss", "retention",
+    "retention_log_decay", "rg_lru", "rms_norm", "rotary", "rwkv6_recurrence", "s4d", "s4d_kernel", "s5",
+    "segment_ordinals", "segment_positions", "segment_starts", "selected_blocks_attention",
+    "sharded_block_sparse_attention", "sliding_window_attention", "smooth", "ssd_scan", "straight_through",
+    "summarize", "summarize_next", "token_info", "ttt_linear",
 ]

@@ -3,21 +3,21 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from layers.array_types import Array, Bool, Float, Int, typed
+from layers.array_types import Array, Float, Int, typed
 from layers.arrays.segments import segment_positions
 from layers.attention.attend import Implementation, attend
 from layers.attention.mask import CAUSAL, SAME_SEGMENT, Mask, Window, token_info
 from layers.cache.cached_attention import cached_attention
-from layers.cache.kv_cache import KVCache, KVUpdate, empty_update, place
+from layers.cache.kv_cache import KVCache, KVUpdate, place
 from layers.cache.policies import KeepAll, KeepRecent
 from layers.cache.policy import CachePolicy
-from layers.mixers.mixer import Mixer
+from layers.mixers.cached_mixer import CachedMixer
 from layers.nn.linear import Linear
 from layers.nn.norms import rms_norm
 from layers.nn.rotary import RotaryScaling, rotary
 
 
-class Attention(Mixer):
+class Attention(CachedMixer):
     """Multi-head causal self-attention with rotary positions, which restart with every segment.
 
     Query head i reads key head i // (num_heads / num_key_heads). Its state is a cache of keys and values, which a
@@ -124,7 +124,7 @@ class Attention(Mixer):
     def _attend_to_cache(
         self, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, cache: KVCache
     ) -> tuple[jax.Array, KVUpdate]:
-        policy, placement = self._policy, place(cache, segment_ids)
+        policy, placement = self.cache_policy, place(cache, segment_ids)
         q, stored_k = self._rotate(q, placement.positions), k
         k = self._rotate(k, placement.positions)
         self._sow(q, k, v)
@@ -156,7 +156,7 @@ class Attention(Mixer):
         return mask if self.window is None else mask & Window(self.window)
 
     @property
-    def _policy(self) -> CachePolicy:
+    def cache_policy(self) -> CachePolicy:
         if self.policy is not None:
             return self.policy
         return KeepAll() if self.window is None else KeepRecent(self.window + 1)
@@ -164,25 +164,4 @@ class Attention(Mixer):
     def empty_state(self, batch: int, width: int, max_length: int) -> KVCache:
         """Makes an empty cache for segments of up to `max_length` tokens."""
         _, key_heads, head_width = self._sizes(width)
-        return self._policy.empty(batch, max_length, key_heads, head_width, self.dtype)
-
-    def empty_update(self, state: KVCache) -> KVUpdate:
-        update = empty_update(state)
-        observes, num_slots = self._policy.observes, state.k.shape[:3]
-        received = jnp.zeros(num_slots, jnp.float32) if "received" in observes else None
-        queries = (jnp.zeros((state.k.shape[0], 1, self.num_heads, state.k.shape[3]), self.dtype)
-                   if "queries" in observes else None)
-        return update._replace(received=received, queries=queries)
-
-    def apply_update(self, state: KVCache, update: KVUpdate) -> KVCache:
-        return self._policy.append(state, update)
-
-    def restart(self, state: KVCache, is_new: Bool[Array, "b"], width: int) -> KVCache:
-        """Returns the state as it is: a cache sees by the segments of new tokens that another has begun."""
-        return state
-
-    def keep_scores(self, state: KVCache) -> Float[Array, "b p s"]:
-        return self._policy.keep_scores(state)
-
-    def compress(self, state: KVCache, budget: int | Int[Array, "..."]) -> KVCache:
-        return self._policy.compress(state, budget)
+        return self.cache_policy.empty(batch, max_length, key_heads, head_width, self.dtype)

@@ -163,7 +163,7 @@ def test_a_query_reads_its_pages_in_any_order_and_shares_them():
 def test_layers_are_causal_and_train(layer):
     x = Draw(7)(B, T, 16)
     params = jax.jit(layer.init)(jax.random.key(0), x)
-    run = jax.jit(lambda params, x: layer.apply(params, x))
+    run = jax.jit(lambda params, x: layer.apply(params, x)[0])
     before, after = run(params, x), run(params, x.at[:, 30].add(1))
     np.testing.assert_array_equal(before[:, :30], after[:, :30])
     assert not np.array_equal(before[:, 30:], after[:, 30:])
