@@ -1,4 +1,4 @@
-"""State of an H-Net between tokens: one pytree, level within level, with its own length for every row."""
+"""The state of an H-Net between tokens: one pytree, level within level, with its own length for every row."""
 from typing import Any
 
 import jax
@@ -7,29 +7,29 @@ from flax import struct
 
 from hnet.config import HNetConfig, num_slots
 from hnet.routers import make_router
-from hnet.stack import MixerState, MixerUpdate, empty_state
-from layers import KeepAll, KVCache, PoolState, empty_update
+from hnet.stack_state import StackState, apply_updates, empty_state, empty_updates
+from layers import PoolState
 
 
 @struct.dataclass
 class StageState:
     """A stage and everything inside it. The fields past `encoder` are None at the innermost stage."""
 
-    encoder: tuple[MixerState | MixerUpdate, ...]
-    router: Any = None                           # what its router's empty_state made
+    encoder: StackState                          # or, in what a stage returns, the updates of its layers
+    router: Any = None                           # from the empty_state of its router
     pool: PoolState | None = None                # tokens of the chunk each row is in, for pooled downsampling
     chunk_value: jax.Array | None = None         # [b, d] float32: what that chunk contributes to its tokens
     token_value: jax.Array | None = None         # [b, d] float32: the average over tokens, for "smooth_tokens"
-    num_chunks: jax.Array | None = None          # [b] int32: chunks begun so far
     last_segment: jax.Array | None = None        # [b] int32: the segment each row is in; 0 before the first token
-    decoder: tuple[MixerState | MixerUpdate, ...] | None = None
+    num_chunks: jax.Array | None = None          # [b] int32: chunks begun so far in that segment
+    decoder: StackState | None = None
     inner: "StageState | None" = None
-    max_chunks: int = struct.field(pytree_node=False, default=0)  # that a row may begin in all
+    max_chunks: int = struct.field(pytree_node=False, default=0)  # that a segment may begin in all
 
 
 @struct.dataclass
 class BoundaryState:
-    """State of the router "entropy"."""
+    """The state of the router "entropy"."""
 
     lm: "DecodeState"
     entropy: jax.Array  # [b] float32: of the byte that comes next, in nats
@@ -37,19 +37,19 @@ class BoundaryState:
 
 @struct.dataclass
 class DecodeState:
-    """State of a batch. Rows are independent: each has its own number of tokens at every stage."""
+    """The state of every row of a batch. Rows are independent: each has its own length at every stage."""
 
     stage: StageState
-    num_tokens: jax.Array                                  # [b] int32: tokens read
+    num_tokens: jax.Array                                  # [b] int32: tokens read of its segment
     boundary: BoundaryState | None = None
-    max_length: int = struct.field(pytree_node=False, default=0)  # tokens a row has room for
+    max_length: int = struct.field(pytree_node=False, default=0)  # tokens a segment has room for
 
 
 def init_decode_state(config: HNetConfig, batch: int, max_length: int) -> DecodeState:
-    """The state before the first token of `batch` rows.
+    """Makes the state before the first token of `batch` rows.
 
     Args:
-      max_length: tokens that a row may grow to; past it, its logits are NaN. Where boundaries past a stage's
+      max_length: tokens that a segment may grow to; past it, its logits are NaN. Where boundaries past a stage's
         capacity are merged, they are those of a row of this length: the length of training gives its model.
     Raises:
       ValueError: the batch or the length is below 1.
@@ -59,7 +59,7 @@ def init_decode_state(config: HNetConfig, batch: int, max_length: int) -> Decode
     dtype = config.compute_dtype
 
     def of_stage(index: int, length: int, slots: int) -> StageState:
-        """`length` tokens may come; a row of training has `slots` for them, of which "merge" fills a part."""
+        """Makes the state of a stage for `length` tokens, for which a row of training has `slots`."""
         stage = config.stages[index]
         chunking, width = stage.chunking, stage.stack.width
         encoder = empty_state(stage.encoder, stage.stack, batch, length, dtype)
@@ -89,21 +89,30 @@ def init_decode_state(config: HNetConfig, batch: int, max_length: int) -> Decode
     return DecodeState(of_stage(0, max_length, max_length), jnp.zeros(batch, jnp.int32), boundary, max_length)
 
 
-def advance(before: StageState, after: StageState) -> StageState:
-    """Applies what a stage returned: its caches grow by their updates, everything else is as it came back."""
-    def one(old, new):
-        return jax.vmap(KeepAll().append)(old, new) if isinstance(old, KVCache) else new  # layers are stacked
+def advance(config: HNetConfig, before: StageState, after: StageState, index: int = 0) -> StageState:
+    """Returns the state of stage `index` after a call: its layers' updates applied, the rest as it came back."""
+    stage = config.stages[index]
 
-    return jax.tree.map(one, before, after, is_leaf=_is_cache)
+    def applied(layout: str, old: StackState, update: StackState) -> StackState:
+        return apply_updates(layout, stage.stack, config.compute_dtype, old, update)
+
+    after = after.replace(encoder=applied(stage.encoder, before.encoder, after.encoder))
+    if not stage.decoder:
+        return after
+    return after.replace(
+        decoder=applied(stage.decoder, before.decoder, after.decoder),
+        inner=advance(config, before.inner, after.inner, index + 1))
 
 
-def unchanged(state: StageState) -> StageState:
-    """Makes the update of a stage that has read one padding token per row."""
-    def one(old):
-        return jax.vmap(empty_update)(old) if isinstance(old, KVCache) else old
+def unchanged(config: HNetConfig, state: StageState, index: int) -> StageState:
+    """Makes the result of stage `index` for a call in which every row is one padding token."""
+    stage = config.stages[index]
 
-    return jax.tree.map(one, state, is_leaf=_is_cache)
+    def empty(layout: str, old: StackState) -> StackState:
+        return empty_updates(layout, stage.stack, config.compute_dtype, old)
 
-
-def _is_cache(node: Any) -> bool:
-    return isinstance(node, KVCache)
+    state = state.replace(encoder=empty(stage.encoder, state.encoder))
+    if not stage.decoder:
+        return state
+    return state.replace(
+        decoder=empty(stage.decoder, state.decoder), inner=unchanged(config, state.inner, index + 1))

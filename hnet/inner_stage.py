@@ -19,7 +19,17 @@ import jax.numpy as jnp
 from hnet.config import ChunkingConfig, HNetConfig, num_slots
 from hnet.decode_state import StageState, unchanged
 from hnet.stage_output import StageOutput
-from layers import Partition, PoolState, RouterHints, chunk, chunk_pooled, dechunk, pack_rows, pack_segments
+from layers import (
+    Partition,
+    PoolState,
+    RouterHints,
+    carried_segment,
+    chunk,
+    chunk_pooled,
+    dechunk,
+    pack_rows,
+    pack_segments,
+)
 
 Inner = Callable[..., tuple[jax.Array, dict[str, StageOutput], StageState | None]]
 
@@ -94,8 +104,8 @@ def _at_capacity(
 ) -> Chunked:
     before = StageState(None) if state is None else state
     partition = Partition.from_boundaries(
-        boundary_prob > 0.5, segment_ids, size, last_segment=before.last_segment, num_before=before.num_chunks,
-        max_chunks=None if state is None else state.max_chunks)
+        boundary_prob > 0.5, segment_ids, size, last_segment=before.last_segment,
+        num_before=_num_before(before, segment_ids), max_chunks=None if state is None else state.max_chunks)
     pool = None
     if chunking.downsampler == "first":
         chunks = chunk(h, partition)
@@ -111,6 +121,13 @@ def _at_capacity(
     return Chunked(values, partition.starts_chunk, jnp.int32(size), stages, pool, chunk_value, inner_state)
 
 
+def _num_before(state: StageState, segment_ids: jax.Array) -> jax.Array | None:
+    """Chunks that earlier calls began in the segment that each row continues; 0 where it begins another."""
+    if state.num_chunks is None:
+        return None
+    return jnp.where(carried_segment(segment_ids, state.last_segment) != 0, state.num_chunks, 0)
+
+
 def _run_inner(
     inner: Inner, chunks: jax.Array, segment_ids: jax.Array, hints: RouterHints, state: StageState | None
 ) -> tuple[jax.Array, dict[str, StageOutput], StageState | None]:
@@ -121,7 +138,7 @@ def _run_inner(
     def skip(inner, chunks, segment_ids, hints, state):
         names = [f"stage{index}" for index in range(inner.index, len(inner.config.stages) - 1)]
         stages = {name: StageOutput.of_padding(chunks.shape[0]) for name in names}
-        return jnp.zeros_like(chunks), stages, unchanged(state)
+        return jnp.zeros_like(chunks), stages, unchanged(inner.config, state, inner.index)
 
     def run(inner, *arguments):
         return inner(*arguments)

@@ -1,10 +1,11 @@
 """Our own mixers, registered under the names that layouts have for them.
 
-A mixer is called with (x [b, t, d], segment_ids [b, t], state or None) and returns (y [b, t, d], update), where
-the update is the state after the last real token, or for attention what its cache grows by. A mixer of your own is
-one module and one `register_mixer`, here or in a package of yours.
+A mixer of your own is one module, a subclass of `layers.Mixer`, and one `register_mixer`, here or in a package of
+yours.
 """
+import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -22,22 +23,85 @@ from layers import (
     GriffinRecurrentBlock,
     Mamba2,
     MinGRU,
+    Mixer,
+    NativeSparseAttention,
     RWKV7TimeMix,
+    SparseAttention,
+    moba_attention,
+    moba_in_segments,
 )
 
 
-def make_mixer(mixer: str, stack: StackConfig, out_init_std: float, dtype: jnp.dtype, name: str) -> nn.Module:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoBAConfig:
+    """The choice that MoBA makes; its heads and rotary positions are those of `AttentionConfig`.
+
+    Attributes:
+      top_k: blocks that a token reads, its own included.
+      block: tokens in a block.
+    """
+
+    top_k: int = 4
+    block: int = 128
+
+    def __post_init__(self):
+        _check_at_least_1("mixers.moba", self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NativeSparseConfig:
+    """The choice that native sparse attention makes; heads and rotary positions are those of `AttentionConfig`.
+
+    Attributes:
+      num_selected: blocks that a token reads in full: the first, its own, the one before, and others.
+      window: earlier tokens that the third branch sees.
+      block: tokens in a block.
+    """
+
+    num_selected: int = 16
+    window: int = 512
+    block: int = 64
+
+    def __post_init__(self):
+        _check_at_least_1("mixers.nsa", self)
+        if self.num_selected < 3:
+            raise ValueError(f"mixers.nsa.num_selected {self.num_selected} must be at least 3")
+
+
+def _check_at_least_1(path: str, config: Any) -> None:
+    for field in dataclasses.fields(config):
+        if getattr(config, field.name) < 1:
+            raise ValueError(f"{path}.{field.name} {getattr(config, field.name)} must be at least 1")
+
+
+def make_mixer(mixer: str, stack: StackConfig, out_init_std: float, dtype: jnp.dtype, name: str) -> Mixer:
     """Makes the module of `mixer`, a name in MIXERS."""
     return MIXERS[mixer].make(stack, out_init_std=out_init_std, dtype=dtype, name=name)
 
 
-def empty_mixer_state(mixer: str, stack: StackConfig, batch: int, max_length: int, dtype: jnp.dtype) -> Any:
-    """Returns its state before the first token; attention holds up to `max_length` tokens a row."""
-    return make_mixer(mixer, stack, 0.0, dtype, "mixer").empty_state(batch, stack.width, max_length)
-
-
 def _attention(stack: StackConfig, **keywords: Any) -> nn.Module:
-    return Attention(**vars(stack.attention), **keywords)  # the fields have the same names
+    sizes = dict(vars(stack.attention))  # all but the cache have the names that the layer gives them
+    policy = sizes.pop("cache").make_policy()
+    return Attention(**sizes, policy=policy, **keywords)
+
+
+def _sparse(kind: Callable[..., nn.Module], stack: StackConfig, **keywords: Any) -> nn.Module:
+    sizes = stack.attention
+    return kind(
+        num_heads=sizes.num_heads, num_key_heads=sizes.num_key_heads or sizes.num_heads,
+        rotary_width=sizes.rotary_width, rotary_base=sizes.rotary_base, rotary_scaling=sizes.rotary_scaling,
+        **keywords)
+
+
+def _moba(stack: StackConfig, **keywords: Any) -> nn.Module:
+    choice = dataclasses.asdict(stack.mixer_config(MoBAConfig))
+    return _sparse(SparseAttention, stack, attend=partial(moba_attention, **choice),
+                   attend_in_segments=partial(moba_in_segments, **choice), **keywords)
+
+
+def _native_sparse(stack: StackConfig, **keywords: Any) -> nn.Module:
+    choice = dataclasses.asdict(stack.mixer_config(NativeSparseConfig))
+    return _sparse(NativeSparseAttention, stack, **choice, **keywords)
 
 
 def _matrix_state(kind: Callable[..., nn.Module], **fixed: Any) -> Callable[..., nn.Module]:
@@ -95,6 +159,13 @@ def _check_attention(stack: StackConfig) -> None:
                          f"{head_width}; change attention.rotary_width")
 
 
+def _check_sparse(stack: StackConfig) -> None:
+    _check_attention(stack)
+    if stack.width % stack.attention.num_heads:
+        raise ValueError(f"attention.num_heads {stack.attention.num_heads} must divide width {stack.width}; "
+                         "change one of them")
+
+
 def _check_heads_of_state(stack: StackConfig) -> None:
     inner, head_width = stack.recurrence.expand * stack.width, stack.recurrence.head_width
     if inner % head_width:
@@ -117,6 +188,8 @@ register_mixer("gru", "minGRU", _min_gru)
 register_mixer("hgrn", "HGRN2", _matrix_state(HGRN2), check=_check_heads_of_state)
 register_mixer("kda", "Kimi Delta Attention", _convolved(GatedDeltaNet, decays_per_channel=True),
                check=_check_heads_of_state)
+register_mixer("moba", "mixture of block attention", _moba, config=MoBAConfig, check=_check_sparse)
+register_mixer("nsa", "native sparse attention", _native_sparse, config=NativeSparseConfig, check=_check_sparse)
 register_mixer("mlstm", "the matrix memory of xLSTM", _matrix_state(MLSTM), check=_check_heads_of_state)
 register_mixer("rwkv", "RWKV-7's time mix", _rwkv7, check=_check_heads_of_state)
 register_mixer("ssm", "S5", _s5, check=_check_s5)

@@ -14,7 +14,15 @@ from hnet.layout import residual_depth
 from hnet.routers import entropy_boundaries, make_router
 from hnet.stack import Stack
 from hnet.stage_output import StageOutput
-from layers import RouterHints, carried_segment, last_segment, segment_starts, smooth, straight_through
+from layers import (
+    RouterHints,
+    carried_segment,
+    count_in_segment,
+    last_segment,
+    segment_starts,
+    smooth,
+    straight_through,
+)
 from layers.array_types import Array, Float, Int, Integer, typed
 
 
@@ -45,8 +53,9 @@ class HNetLM(nn.Module):
           tokens: ids below vocab_size; one out of range makes its logits NaN.
           segment_ids: 0 = padding, anywhere in a row; non-zero ids are contiguous and unique within a row,
             and nothing crosses between them. None: each row is one segment. Logits at padding mean nothing.
-          state: from `init_decode_state` or an earlier call, to go on from; every row is then one segment,
-            and a row of padding is left as it was. Logits past the state's max_length are NaN.
+          state: from `init_decode_state` or an earlier call. A row continues if its first segment is the one that
+            it was in, and otherwise begins anew; a row of padding is left as it was. Logits of a segment past the
+            state's max_length are NaN.
           boundary_levels: for stages whose router is "given": how many stages, from the outermost in, begin a
             chunk at each token; 0 = none. The first token of a segment begins one at every stage.
         Raises:
@@ -79,11 +88,12 @@ class HNetLM(nn.Module):
         logits = jnp.einsum(
             "btd,dv->btv", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
         if state is not None:
-            num_read = state.num_tokens[:, None] + jnp.cumsum(segment_ids != 0, axis=1, dtype=jnp.int32)
+            num_read, num_tokens = count_in_segment(
+                segment_ids != 0, segment_ids, state.num_tokens, state.stage.encoder.segment)
             # The caches have no room for what comes after: better no logits than wrong ones.
             logits = jnp.where((num_read > state.max_length)[:, :, None], jnp.nan, logits)
             state = state.replace(
-                stage=advance(state.stage, after), num_tokens=num_read[:, -1], boundary=boundary)
+                stage=advance(config, state.stage, after), num_tokens=num_tokens, boundary=boundary)
         return HNetOutput(logits, stages, state)
 
     def _find_boundaries(
@@ -120,7 +130,7 @@ class HNet(nn.Module):
     ) -> tuple[Float[Array, "b t d"], dict[str, StageOutput], StageState | None]:
         """Returns vectors of the width that came in, what the routers from here inwards did, and the state.
 
-        In the state that is returned, updates of attention's caches stand for the caches: see `advance`.
+        In the state that is returned, updates of layers stand for their states: see `advance`.
         """
         config, stage = self.config, self.config.stages[self.index]
         outer_width, width = x.shape[-1], stage.stack.width
@@ -131,7 +141,7 @@ class HNet(nn.Module):
             x = jnp.concatenate([x, extra], axis=-1)
 
         before = StageState(None) if state is None else state
-        h, encoder_state = self._stack(stage.encoder, "encoder")(x, segment_ids, before.encoder)
+        h, encoder_state, _ = self._stack(stage.encoder, "encoder")(x, segment_ids, before.encoder)
         if not stage.decoder:
             return h[..., :outer_width], {}, None if state is None else state.replace(encoder=encoder_state)
         residual = self._residual_proj(width)(h)
@@ -152,11 +162,12 @@ class HNet(nn.Module):
         num_overflow = jnp.sum(boundary_mask & ~chunked.starts_chunk, axis=1, dtype=jnp.int32)
         if stage.chunking.overflow == "error":
             y = jnp.where((num_overflow > 0)[:, None, None], jnp.nan, y)
-        y, decoder_state = self._stack(stage.decoder, "decoder")(
+        y, decoder_state, _ = self._stack(stage.decoder, "decoder")(
             constrain(y.astype(config.compute_dtype)), segment_ids, before.decoder)
         output = StageOutput(boundary_prob, boundary_mask, segment_ids != 0, num_overflow, chunked.capacity)
         if state is not None:
-            num_chunks = state.num_chunks + jnp.sum(chunked.starts_chunk, axis=1, dtype=jnp.int32)
+            _, num_chunks = count_in_segment(
+                chunked.starts_chunk, segment_ids, state.num_chunks, state.last_segment)
             state = state.replace(
                 encoder=encoder_state, router=router_state, pool=chunked.pool, chunk_value=chunked.chunk_value,
                 token_value=token_value, num_chunks=num_chunks,

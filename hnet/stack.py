@@ -1,18 +1,32 @@
-"""A stack of residual blocks at one width: what an encoder, a decoder or the main network is."""
-from typing import Any
+"""A stack of residual blocks at one width: an encoder, a decoder, the main network, or a model without chunks."""
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from hnet.layout import has_feed_forward, mixer_of, parse_layout
-from hnet.mixers import empty_mixer_state, make_mixer
+from hnet.mixers import make_mixer
 from hnet.stack_config import StackConfig
-from layers import RMSNorm, SwiGLU
+from hnet.stack_state import StackState
+from layers import RMSNorm, SwiGLU, carried_segment, last_segment
 from layers.array_types import Array, Float, Int, typed
 
-MixerState = Any   # a pytree: a cache of keys and values, or whatever a recurrence carries
-MixerUpdate = Any  # what a mixer makes of its state; `hnet.decode_state.advance` applies it
+
+class StackOutput(NamedTuple):
+    """The result of a `Stack`."""
+
+    y: jax.Array                # [b, t, d]
+    update: StackState | None   # for `apply_updates`; None without a state
+    shared: Any                 # the pytree that the layers handed upwards
+
+
+class Carry(NamedTuple):
+    """The values that go from block to block."""
+
+    h: jax.Array         # [b, t, d] float32: output of the last block
+    residual: jax.Array  # [b, t, d] float32: sum of those before
+    shared: Any
 
 
 class Block(nn.Module):
@@ -30,23 +44,31 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: tuple[jax.Array, jax.Array], segment_ids: jax.Array, state: MixerState | None
-    ) -> tuple[tuple[jax.Array, jax.Array], MixerUpdate | None]:
-        """((last output, residual), segments, state) -> ((output, residual), update), for `nn.scan`.
+        self, carry: Carry, segment_ids: jax.Array, is_new: jax.Array | None, state: Any, layer_input: Any
+    ) -> tuple[Carry, Any]:
+        """Returns the carry for the next block and the update of the mixer's state, for `nn.scan`.
 
-        Output and residual are [b, t, d]. Without a state to go on from, none is returned.
+        Args:
+          is_new: [b] bool: rows that begin another segment than the one their state is of; None without a state.
         """
-        h, residual = carry
+        h, residual, shared = carry
         residual = residual + h
         mixer = make_mixer(mixer_of(self.layer), self.config, self.out_init_std, self.dtype, name="mixer")
-        h, after = mixer(self._norm("mixer_norm")(residual).astype(self.dtype), segment_ids, state)
+        x = self._norm("mixer_norm")(residual).astype(self.dtype)
+        if state is not None:
+            state = mixer.restart(state, is_new, x.shape[-1])
+        doors = {"layer_input": layer_input} if "layer_input" in mixer.doors else {}
+        if "shared" in mixer.doors:
+            h, update, shared = mixer(x, segment_ids, state, shared=shared, **doors)
+        else:
+            h, update = mixer(x, segment_ids, state, **doors)
         if has_feed_forward(self.layer):
             residual = residual + h
             feed_forward = SwiGLU(
                 self.config.feed_forward_width, out_init_std=self.out_init_std, dtype=self.dtype,
                 name="feed_forward")
             h = feed_forward(self._norm("feed_forward_norm")(residual).astype(self.dtype))
-        return (h.astype(residual.dtype), residual), None if state is None else after
+        return Carry(h.astype(residual.dtype), residual, shared), None if state is None else update
 
     def _norm(self, name: str) -> RMSNorm:
         return RMSNorm(epsilon=self.config.norm_epsilon, name=name)
@@ -71,27 +93,49 @@ class Stack(nn.Module):
         self,
         x: Float[Array, "b t d"],
         segment_ids: Int[Array, "b t"],
-        state: tuple[MixerState, ...] | None = None,
-    ) -> tuple[Float[Array, "b t d"], tuple[MixerUpdate, ...] | None]:
-        """Returns the output, and the update of each run's state (stacked over layers) if it was given one."""
+        state: StackState | None = None,
+        *,
+        layer_inputs: tuple[Any, ...] | None = None,
+        shared: Any = None,
+    ) -> StackOutput:
+        """Runs all layers.
+
+        Args:
+          state: from `empty_state` or `apply_updates`; a row continues if its first segment is the one that it
+            was in, and otherwise starts anew.
+          layer_inputs: for every run None or a pytree of arrays [layers of the run, ...], such as roles of heads;
+            each layer's mixer gets its part, if it has that door.
+          shared: a pytree that mixers with that door read and return, from the first layer to the last.
+        """
         self.config.check_layouts(self.layout)
+        runs = parse_layout(self.layout)
+        if layer_inputs is not None and len(layer_inputs) != len(runs):
+            raise ValueError(f"layer_inputs has {len(layer_inputs)} entries; the {len(runs)} runs of layout "
+                             f"{self.layout!r} need one each")
+        is_new, segment = None, None
+        if state is not None:
+            carried = carried_segment(segment_ids, state.segment)
+            is_new = jnp.any(segment_ids != 0, axis=1) & (carried == 0)
+            segment = last_segment(segment_ids, state.segment)
         # The residual stream is float32 whatever the compute dtype.
         h = x.astype(jnp.float32)
-        carry = (h, jnp.zeros_like(h))
+        carry = Carry(h, jnp.zeros_like(h), shared)
         block = Block
         if self.config.remat != "none":
             block = nn.remat(Block, prevent_cse=False, policy=_MAY_STORE[self.config.remat])
-        after = []
-        for index, (layer, count) in enumerate(parse_layout(self.layout)):
+        updates = []
+        for index, (layer, count) in enumerate(runs):
             layers = nn.scan(
-                block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(nn.broadcast, 0),
-                length=count, metadata_params={nn.PARTITION_NAME: "layers"})
-            carry, run_state = layers(layer, self.config, self.out_init_std, self.dtype, name=f"run{index}")(
-                carry, segment_ids, None if state is None else state[index])
-            after.append(run_state)
-        h, residual = carry
-        y = RMSNorm(epsilon=self.config.norm_epsilon, name="final_norm")(h + residual).astype(self.dtype)
-        return y, None if state is None else tuple(after)
+                block, variable_axes={"params": 0, "intermediates": 0}, split_rngs={"params": True},
+                in_axes=(nn.broadcast, nn.broadcast, 0, 0), length=count,
+                metadata_params={nn.PARTITION_NAME: "layers"})
+            carry, update = layers(layer, self.config, self.out_init_std, self.dtype, name=f"run{index}")(
+                carry, segment_ids, is_new, None if state is None else state.runs[index],
+                None if layer_inputs is None else layer_inputs[index])
+            updates.append(update)
+        y = RMSNorm(epsilon=self.config.norm_epsilon, name="final_norm")(carry.h + carry.residual)
+        update = None if state is None else StackState(segment, tuple(updates))
+        return StackOutput(y.astype(self.dtype), update, carry.shared)
 
 
 # What a rematerialised block may still store for the backward pass.
@@ -99,14 +143,3 @@ _MAY_STORE = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "block": jax.checkpoint_policies.nothing_saveable,
 }
-
-
-def empty_state(
-    layout: str, config: StackConfig, batch: int, max_length: int, dtype: jnp.dtype
-) -> tuple[MixerState, ...]:
-    """Returns the state of a `Stack` before the first token; attention holds up to `max_length` tokens a row."""
-    def of_run(layer: str, count: int) -> MixerState:
-        state = empty_mixer_state(mixer_of(layer), config, batch, max_length, dtype)
-        return jax.tree.map(lambda leaf: jnp.repeat(leaf[None], count, axis=0), state)
-
-    return tuple(of_run(*run) for run in parse_layout(layout))

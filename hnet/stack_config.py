@@ -3,10 +3,36 @@ import dataclasses
 from typing import Any, Literal, TypeVar, get_args
 
 from hnet.layout import MIXER_CONFIGS, MIXERS, has_feed_forward, mixer_of, parse_layout
-from layers.nn.rotary import RotaryScaling
+from layers import CachePolicy, RotaryScaling, make_policy
 
 RematPolicy = Literal["none", "dots", "block"]  # nothing; all but matmuls with weights; the whole block
 Config = TypeVar("Config")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """The tokens whose keys and values attention keeps while it decodes.
+
+    Attributes:
+      policy: a name in `layers.POLICIES`; "full" keeps all that attention may still see.
+      budget: slots of a policy that has a bound.
+      num_sinks: first tokens that "sink_recent" keeps, of its budget.
+    """
+
+    policy: str = "full"
+    budget: int = 0
+    num_sinks: int = 4
+
+    def __post_init__(self):
+        self.make_policy()
+
+    def make_policy(self) -> CachePolicy | None:
+        """Makes the policy; None for "full", which leaves it to attention to forget what its window has passed."""
+        try:
+            policy = make_policy(self.policy, budget=self.budget, num_sinks=self.num_sinks)
+        except ValueError as error:
+            raise ValueError(f"attention.cache: {error}") from error
+        return None if self.policy == "full" else policy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,6 +49,7 @@ class AttentionConfig:
       window: earlier tokens that are seen; None = all.
       bias: the projections of queries, keys and values have biases.
       qk_norm: queries and keys are normalised per head, before they are rotated.
+      cache: tokens that are kept while decoding.
     """
 
     num_heads: int = 0
@@ -34,6 +61,7 @@ class AttentionConfig:
     window: int | None = None
     bias: bool = False
     qk_norm: bool = False
+    cache: CacheConfig = CacheConfig()
 
     def __post_init__(self):
         for field in ("num_heads", "num_key_heads", "head_width", "rotary_width"):

@@ -42,7 +42,7 @@ class TaskModel(nn.Module):
         if self.conv_taps:
             x += CausalDepthwiseConv(self.conv_taps, name="conv")(x, segment_ids=segment_ids)[0]
         out_init_std = 0.02 / math.sqrt(residual_depth(self.layout))
-        x, _ = Stack(self.layout, self.stack, out_init_std, self.dtype, name="encoder")(x, segment_ids)
+        x, *_ = Stack(self.layout, self.stack, out_init_std, self.dtype, name="encoder")(x, segment_ids)
         if positions is not None:  # nothing is asked elsewhere, and logits over a large vocabulary are large
             x = jnp.take_along_axis(x, positions[..., None], axis=1)
         head = self.param("lm_head", nn.initializers.normal(0.02), (width, self.num_classes))

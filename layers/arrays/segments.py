@@ -55,6 +55,25 @@ def last_segment(segment_ids: Int[Array, "b t"], last_id: Int[Array, "b"]) -> In
 
 
 @typed
+def count_in_segment(
+    is_counted: Bool[Array, "b t"], segment_ids: Int[Array, "b t"], before: Int[Array, "b"],
+    last_id: Int[Array, "b"],
+) -> tuple[Int[Array, "b t"], Int[Array, "b"]]:
+    """Counts the tokens marked so far in the segment of each token, and in the segment that each row ends in.
+
+    Args:
+      before: the count that earlier calls ended with, in the segment `last_id`.
+    """
+    total = jnp.cumsum(is_counted, axis=1, dtype=jnp.int32)
+    starts = segment_starts(segment_ids)
+    ahead = jax.lax.cummax(jnp.where(starts, total - is_counted, 0), axis=1)
+    carried = carried_segment(segment_ids, last_id)[:, None]
+    is_carried = (segment_ids == carried) & (carried != 0)
+    count = total - ahead + jnp.where(is_carried, before[:, None], 0)
+    return count, jnp.where(jnp.any(segment_ids != 0, axis=1), last_real(count, segment_ids), before)
+
+
+@typed
 def segment_ordinals(segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
     """Numbers the segments of a row 1, 2, 3, ...; padding takes the number of the segment before it.
 

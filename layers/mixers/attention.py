@@ -21,7 +21,7 @@ class Attention(CachedMixer):
     """Multi-head causal self-attention with rotary positions, which restart with every segment.
 
     Query head i reads key head i // (num_heads / num_key_heads). Its state is a cache of keys and values, which a
-    policy keeps; q, k and v are sown into "intermediates" where that collection is mutable.
+    policy keeps. It sows "queries", "keys" and "values" into "intermediates" where that collection is mutable.
 
     Attributes:
       num_heads: query heads.
@@ -147,7 +147,7 @@ class Attention(CachedMixer):
         return self._rotate(rows, positions.reshape(-1, num_slots)).reshape(cache.k.shape)
 
     def _sow(self, q: jax.Array, k: jax.Array, v: jax.Array) -> None:
-        for name, value in (("q", q), ("k", k), ("v", v)):
+        for name, value in (("queries", q), ("keys", k), ("values", v)):  # "q" is a projection
             self.sow("intermediates", name, value)
 
     @property

@@ -14,6 +14,7 @@ from layers.cache.policy import CachePolicy
 from layers.mixers.cached_mixer import CachedMixer
 from layers.mixers.sparse_attention import project_heads, tokens_of, with_cache
 from layers.nn.linear import Linear
+from layers.nn.rotary import RotaryScaling
 
 
 class NativeSparseAttention(CachedMixer):
@@ -29,6 +30,7 @@ class NativeSparseAttention(CachedMixer):
       window: earlier tokens that the third branch sees.
       block: tokens in a block.
       rotary_width: features of each head that are rotated; 0 = none.
+      rotary_base, rotary_scaling: see `rotary`.
       init_std, out_init_std: standard deviations of the input and output projections at the start.
     """
 
@@ -38,6 +40,8 @@ class NativeSparseAttention(CachedMixer):
     window: int
     block: int = 64
     rotary_width: int = 0
+    rotary_base: float = 10_000.0
+    rotary_scaling: RotaryScaling | None = None
     init_std: float = 0.02
     out_init_std: float = 0.02
     dtype: jnp.dtype = jnp.float32
@@ -57,7 +61,8 @@ class NativeSparseAttention(CachedMixer):
         tokens = tokens_of(x, segment_ids, state)
         q, k, v = project_heads(
             x, tokens.position[:, 0], num_heads=self.num_heads, num_key_heads=self.num_key_heads,
-            init_std=self.init_std, rotary_width=self.rotary_width, dtype=self.dtype)
+            init_std=self.init_std, dtype=self.dtype, rotary_width=self.rotary_width,
+            rotary_base=self.rotary_base, rotary_scaling=self.rotary_scaling)
         gates = linear((self.num_heads, 3), ("embed", "heads", None), init_std=self.init_std, name="gates")(x)
         gates = jax.nn.sigmoid(gates)
         k_weights, v_weights = self._weights("k_weights"), self._weights("v_weights")

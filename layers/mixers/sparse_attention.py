@@ -15,7 +15,7 @@ from layers.cache.policies import KeepAll
 from layers.cache.policy import CachePolicy
 from layers.mixers.cached_mixer import CachedMixer
 from layers.nn.linear import Linear
-from layers.nn.rotary import rotary
+from layers.nn.rotary import RotaryScaling, rotary
 
 
 class SparseAttention(CachedMixer):
@@ -31,6 +31,7 @@ class SparseAttention(CachedMixer):
         from which the same must be chosen as if every segment stood alone; see `segment_blocks`. None: there is no
         decoding, and rows are left to `attend` whatever their segments.
       rotary_width: features of each head that are rotated; 0 = none.
+      rotary_base, rotary_scaling: see `rotary`.
       init_std, out_init_std: standard deviations of the input and output projections at the start.
     """
 
@@ -39,6 +40,8 @@ class SparseAttention(CachedMixer):
     attend: Callable[..., jax.Array]
     attend_in_segments: Callable[..., jax.Array] | None = None
     rotary_width: int = 0
+    rotary_base: float = 10_000.0
+    rotary_scaling: RotaryScaling | None = None
     init_std: float = 0.02
     out_init_std: float = 0.02
     dtype: jnp.dtype = jnp.float32
@@ -59,7 +62,8 @@ class SparseAttention(CachedMixer):
         tokens = tokens_of(x, segment_ids, state)
         q, k, v = project_heads(
             x, tokens.position[:, 0], num_heads=self.num_heads, num_key_heads=self.num_key_heads,
-            init_std=self.init_std, rotary_width=self.rotary_width, dtype=self.dtype)
+            init_std=self.init_std, dtype=self.dtype, rotary_width=self.rotary_width,
+            rotary_base=self.rotary_base, rotary_scaling=self.rotary_scaling)
         update = None
         if state is not None:
             keys, update = with_cache(state, k, v, segment_ids)
@@ -121,8 +125,8 @@ def with_cache(
 
 
 def project_heads(
-    x: jax.Array, positions: jax.Array, *, num_heads: int, num_key_heads: int, init_std: float,
-    rotary_width: int, dtype: jnp.dtype,
+    x: jax.Array, positions: jax.Array, *, num_heads: int, num_key_heads: int, init_std: float, dtype: jnp.dtype,
+    rotary_width: int, rotary_base: float, rotary_scaling: RotaryScaling | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Makes the q, k and v of a layer, with parameters "q", "k" and "v"; called inside its compact method."""
     width = x.shape[-1]
@@ -134,6 +138,6 @@ def project_heads(
         axes = ("embed", "heads", "head_width")
         return Linear((count, width // num_heads), axes, init_std=init_std, dtype=dtype, name=name)(x)
 
-    q, k = (rotary(project(name, count), positions, width=rotary_width)
+    q, k = (rotary(project(name, count), positions, width=rotary_width, base=rotary_base, scaling=rotary_scaling)
             for name, count in (("q", num_heads), ("k", num_key_heads)))
     return q, k, project("v", num_key_heads)
