@@ -10,6 +10,7 @@ OUTDIR/ gets runs/ (a file per finished run), results.json (all of them), table.
 learning rate) and plot.svg. The same command again leaves finished runs alone and goes on with the others. A run
 that fails is reported, the others go on, and the exit code is 1.
 """
+import dataclasses
 import functools
 import math
 import signal

@@ -226,7 +226,7 @@ def test_exports_that_cannot_be_are_refused(released, tmp_path, name, argument, 
 
 
 def test_a_model_that_the_release_does_not_have_is_not_exported(finished_run, tmp_path):
-    assert "needs a stage0.width that is a multiple of 32, not 16" in _refusal(
+    assert "needs a stage0.stack.width that is a multiple of 32, not 16" in _refusal(
         _export, finished_run, tmp_path / "model.npz")
     assert not any(tmp_path.iterdir())
 
