@@ -1,4 +1,4 @@
-"""How a command ends: 0 done, 1 it failed, 2 the caller's mistake, 141 nobody reads on, 143 stopped by SIGTERM."""
+"""Exit codes of commands: 0 done, 1 failed, 2 the caller's mistake, 141 output no longer read, 143 SIGTERM."""
 import logging
 import os
 import sys
@@ -11,7 +11,7 @@ class UsageError(Exception):
 
 
 class RunError(Exception):
-    """The run cannot go on, through no mistake in its arguments. Printed as one line."""
+    """A failure of the run itself, which its arguments did not cause. Printed as one line."""
 
 
 def suggest(name: str, choices: Iterable[str]) -> str:

@@ -3,49 +3,42 @@
   python -m experiments.evaluate --workdir=runs/quickstart [--step=400] [--config.eval_bytes=1000000]
 """
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from experiments import commands
 from experiments.config import RunConfig
-from experiments.data import Batch, Corpus, EvaluationSource, WindowSource
+from experiments.data import EvaluationSource
 from experiments.errors import run_command
-from experiments.runs.saved_run import open_run
-from experiments.training.losses import apply_model, next_byte_nats, target_mask
-from experiments.training.mesh import batch_sharding, put_batch, use_mesh
+from experiments.runs.saved_run import SavedRun
+from experiments.training.batches import held_out_batches
+from experiments.training.losses import Batch, apply_model, next_byte_nats, target_mask
+from experiments.training.mesh import batch_placer, make_mesh, use_mesh
 from hnet import HNetLM
-
-Evaluate = Callable[[Any, Iterable[Batch]], dict[str, float]]
 
 
 def main(argv: list[str]) -> None:
     parser = commands.run_parser(__doc__, "evaluate", purpose="to evaluate")
-    run = open_run(parser, argv)
-    source = held_out(run.config, run.corpus())
-    with use_mesh(run.mesh):
-        metrics = make_evaluate(run.config, run.mesh)(run.params, source)
-    print(f"step {run.step}, {source.num_bytes:,} held-out bytes")
+    with SavedRun.from_command_line(parser, argv) as saved:
+        params, source = saved.params(), held_out_batches(saved.config, saved.corpus())
+    mesh = make_mesh(1, jax.devices()[:1])
+    with use_mesh(mesh):
+        metrics = make_evaluate(saved.config, source, batch_placer(mesh))(params)
+    print(f"step {saved.step}, {source.num_bytes:,} held-out bytes")
     for name, value in metrics.items():
         print(f"{name} {value:.4f}")
 
 
-def held_out(config: RunConfig, corpus: Corpus) -> EvaluationSource:
-    """A fixed choice of `config.eval_bytes` held-out bytes, spread over the documents."""
-    data = config.data
-    windows = WindowSource(corpus.split("held_out"), data.sequence_length, seed=0, loss_marker=data.loss_marker)
-    return EvaluationSource(
-        windows, data.batch_size, num_bytes=config.eval_bytes,
-        process_index=jax.process_index(), process_count=jax.process_count())
+def make_evaluate(
+    config: RunConfig, held_out: EvaluationSource, place: Callable[[Any], Batch]
+) -> Callable[[Any], dict[str, float]]:
+    """Returns a function from parameters to metrics on `held_out` that compiles at its first call, once.
 
-
-def make_evaluate(config: RunConfig, mesh: Mesh) -> Evaluate:
-    """Returns a function of (params, batches) that compiles at its first call, once.
-
-    Chunk capacity is full here whatever the run trains with: no boundary is ever demoted.
+    `place` puts a batch on the devices. Chunk capacity is full here whatever the run trains with: no boundary is
+    ever demoted.
     """
     model = HNetLM(config.model.at_full_capacity())
 
@@ -62,9 +55,8 @@ def make_evaluate(config: RunConfig, mesh: Mesh) -> Evaluate:
 
     compiled = jax.jit(sums)
 
-    def evaluate(params: Any, batches: Iterable[Batch]) -> dict[str, float]:
-        sharding = batch_sharding(mesh)
-        parts = [jax.device_get(compiled(params, put_batch(batch, sharding))) for batch in batches]
+    def evaluate(params: Any) -> dict[str, float]:
+        parts = [jax.device_get(compiled(params, place(batch))) for batch in held_out]
         total = {name: sum(float(part[name]) for part in parts) for name in parts[0]}
         metrics = {"eval/bits_per_byte": total["nats"] / total["bytes"] / math.log(2)}
         for index in range(len(config.model.stages) - 1):

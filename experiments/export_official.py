@@ -17,7 +17,7 @@ from experiments import commands
 from experiments.config.command_line import split_overrides
 from experiments.errors import UsageError, run_command
 from experiments.import_official import import_package
-from experiments.runs.saved_run import open_run
+from experiments.runs.saved_run import SavedRun
 from hnet import HNetConfig, to_official_json, to_official_params
 
 Write = Callable[[Path, dict[str, np.ndarray]], None]
@@ -30,9 +30,9 @@ def main(argv: list[str]) -> None:
     arguments = parser.parse_args(split_overrides(argv)[0])
     out = Path(arguments.out)
     _writer(out, arguments.dtype)  # refuses what it cannot write before the run is read
-    run = open_run(parser, argv)
-    export_official(run.params, run.config.model, out, arguments.dtype)
-    print(f"step {run.step} of {run.workdir}: {out} ({out.stat().st_size / 1e6:,.1f} MB of {arguments.dtype}) "
+    with SavedRun.from_command_line(parser, argv) as saved:
+        export_official(saved.params(), saved.config.model, out, arguments.dtype)
+    print(f"step {saved.step} of {saved.workdir}: {out} ({out.stat().st_size / 1e6:,.1f} MB of {arguments.dtype}) "
           f"and {out.with_suffix('.json')}")
 
 

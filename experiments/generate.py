@@ -14,8 +14,9 @@ from typing import Any
 
 from experiments import commands
 from experiments.config import RunConfig
+from experiments.config.command_line import split_overrides
 from experiments.errors import UsageError, run_command
-from experiments.runs.saved_run import open_run
+from experiments.runs.saved_run import SavedRun
 from hnet import BOS, HNetLM, Sampling
 from hnet import generate as generate_tokens
 
@@ -24,19 +25,24 @@ def main(argv: list[str]) -> None:
     parser = commands.run_parser(__doc__, "generate", purpose="to use")
     parser.add_argument("--prompt", default="", help="text to continue; empty starts a new document")
     parser.add_argument("--prompt_file", type=Path, help="a file whose content is the prompt, of any length")
-    parser.add_argument("--length", type=int, default=200, help="bytes to add")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 = always the most probable byte")
-    parser.add_argument("--top_k", type=int, default=0, help="draw from the k most probable bytes; 0 = all")
-    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the fewest bytes that reach p")
-    parser.add_argument("--min_p", type=float, default=0.0, help="leave out bytes below this, over the first")
-    parser.add_argument("--samples", type=int, default=1, help="continuations, all in one batch")
-    parser.add_argument("--seed", type=int, default=0, help="of the first sample; the next has the next seed")
-    run = open_run(parser, argv)
-    arguments, _ = parser.parse_known_args(argv)
-    prompt, sampling = _check(arguments)
-    rows = generate_bytes(run.config, run.params, [prompt] * arguments.samples, length=arguments.length,
+    parser.add_argument("--length", type=int, default=200, help="number of bytes to add")
+    parser.add_argument("--temperature", type=float, default=0.7,
+                        help="randomness of the draw; 0 always takes the most probable byte")
+    parser.add_argument("--top_k", type=int, default=0, help="draw from the k most probable bytes; 0 = from all")
+    parser.add_argument("--top_p", type=float, default=1.0,
+                        help="draw from the fewest bytes whose probabilities add up to p")
+    parser.add_argument("--min_p", type=float, default=0.0,
+                        help="leave out bytes less probable than this fraction of the most probable byte")
+    parser.add_argument("--samples", type=int, default=1, help="number of continuations, drawn in one batch")
+    parser.add_argument("--seed", type=int, default=0,
+                        help="seed of the first sample; each further one has the next seed")
+    with SavedRun.from_command_line(parser, argv) as saved:
+        arguments = parser.parse_args(split_overrides(argv)[0])
+        prompt, sampling = _check(arguments)
+        params = saved.params()
+    rows = generate_bytes(saved.config, params, [prompt] * arguments.samples, length=arguments.length,
                           sampling=sampling, seed=arguments.seed)
-    # Bytes as they are: a character may begin in the prompt and end in the continuation, or be none at all.
+    # Bytes as they are: a character may begin in the prompt and end in the continuation, or be invalid.
     out = sys.stdout.buffer
     if arguments.samples == 1:
         out.write(prompt)
@@ -48,7 +54,7 @@ def main(argv: list[str]) -> None:
         for number, row in enumerate(zip(*rows, strict=True)):
             out.write(b"--- seed %d\n" % (arguments.seed + number) + prompt + bytes(row) + b"\n")
     out.flush()
-    window, total = run.config.data.sequence_length, 1 + len(prompt) + arguments.length
+    window, total = saved.config.data.sequence_length, 1 + len(prompt) + arguments.length
     if total > window:
         print(f"note: {total} bytes with the prompt; the model was trained on windows of {window}",
               file=sys.stderr)
@@ -57,7 +63,7 @@ def main(argv: list[str]) -> None:
 def generate_bytes(
     config: RunConfig, params: Any, prompts: Sequence[bytes], *, length: int, sampling: Sampling, seed: int = 0
 ) -> Iterator[list[int]]:
-    """Yields, `length` times, one byte per prompt. No boundary is ever demoted, whatever the run trains with."""
+    """Yields one byte per prompt, `length` times, with full chunk capacity whatever the run trains with."""
     model = HNetLM(config.model.at_full_capacity())
     tokens = [[BOS, *prompt] for prompt in prompts]
     seeds = range(seed, seed + len(prompts))
@@ -78,7 +84,7 @@ def _check(arguments: argparse.Namespace) -> tuple[bytes, Sampling]:
     if arguments.prompt_file is None:
         return os.fsencode(arguments.prompt), sampling
     if arguments.prompt:
-        raise UsageError("--prompt and --prompt_file are two prompts; give one of them")
+        raise UsageError("--prompt and --prompt_file are two prompts; give only one")
     try:
         return arguments.prompt_file.read_bytes(), sampling
     except OSError as error:

@@ -1,11 +1,11 @@
-"""Looks inside a model: where it cuts a text, what stands at its boundaries, and how small changes move them.
+"""Looks inside a model: its chunks of a text, the places of its boundaries, and the effects of small changes.
 
   python -m experiments.inspect --workdir=runs/quickstart (--text=TEXT | --file=PATH) [--show=N] [--html=PATH]
       [--step=N] [--config.FIELD=VALUE]
 
-The terminal shows the chunks of every stage in colour, or cut by "|" where it has none (a pipe, NO_COLOR), and the
+The terminal shows the chunks of every stage in colour, or cut by "|" without colours (a pipe, NO_COLOR), and the
 statistics; the page has the whole text with the probability of every boundary. Words are explained in
-experiments/analysis/chunk_statistics.py and experiments/perturbations.py.
+experiments/analysis/chunk_statistics.py and experiments/analysis/perturbations.py.
 """
 import os
 import sys
@@ -20,24 +20,24 @@ from experiments.config.command_line import split_overrides
 from experiments.errors import UsageError, run_command
 from experiments.pages.inspect import NO_STAGES, PLACES_LEGEND, Inspection, effects_legend, render_inspection
 from experiments.pages.terminal import open_console, print_chunks, table_in_terminal
-from experiments.runs.saved_run import Run, open_run
+from experiments.runs.saved_run import SavedRun
 
-PERTURBED_BYTES = 20_000  # of the text, as there are eight changes of it to read
+PERTURBED_BYTES = 20_000  # of the text, of which eight changed copies are read
 
 
 def main(argv: list[str]) -> None:
     parser = commands.run_parser(__doc__, "inspect", purpose="to look into")
-    parser.add_argument("--text", help="what the model reads")
-    parser.add_argument("--file", help="a file of any bytes to read instead")
+    parser.add_argument("--text", help="the text to read")
+    parser.add_argument("--file", help="a file to read instead, of any bytes")
     parser.add_argument("--show", type=int, default=2000, help="bytes to show in the terminal")
     parser.add_argument("--html", help="the page to write; inspect.html in the workdir by default")
     arguments = parser.parse_args(split_overrides(argv)[0])
     if arguments.show < 0:
         raise UsageError(f"--show {arguments.show} must not be negative")
     title, text = _read_text(arguments.text, arguments.file)
-    run = open_run(parser, argv)
-    inspection = inspect_text(run, title, text)
-    page = Path(arguments.html).expanduser() if arguments.html else run.workdir / "inspect.html"
+    with SavedRun.from_command_line(parser, argv) as saved:
+        inspection = inspect_text(saved, title, text)
+    page = Path(arguments.html).expanduser() if arguments.html else saved.workdir / "inspect.html"
     try:
         page.write_text(render_inspection(inspection), encoding="utf-8")
     except OSError as error:
@@ -46,13 +46,13 @@ def main(argv: list[str]) -> None:
     print(f"page: {page}")
 
 
-def inspect_text(run: Run, title: str, text: bytes) -> Inspection:
+def inspect_text(saved: SavedRun, title: str, text: bytes) -> Inspection:
     """Reads a text of at least one byte, and the changes of its beginning, in one pass of the model over all."""
     perturbed = perturb(text[:PERTURBED_BYTES])
-    chunked, *changed = chunk_texts(run.config, run.params, [(title, text), *perturbed])
+    chunked, *changed = chunk_texts(saved.config, saved.params(), [(title, text), *perturbed])
     stages = tuple(stage_statistics(text, stage) for stage in chunked.stages)
     return Inspection(
-        run.workdir.name, run.step, chunked, stage_table(stages), tuple(map(place_table, stages)),
+        saved.workdir.name, saved.step, chunked, stage_table(stages), tuple(map(place_table, stages)),
         effect_table(effects(changed), tuple(stage.name for stage in stages)),
         num_perturbed=min(len(text), PERTURBED_BYTES))
 

@@ -1,4 +1,4 @@
-"""Draws runs/<name>/report.html: one file that shows what a run learned and where it cuts text.
+"""Draws runs/<name>/report.html: one file that shows the training of a run and its chunks.
 
   python -m experiments.report --workdir=runs/quickstart
 """
@@ -13,7 +13,7 @@ from experiments.errors import run_command
 from experiments.generate import generate_bytes
 from experiments.pages.report import ReportData, render_report
 from experiments.runs.metrics import read_metrics
-from experiments.runs.saved_run import Run, open_run, restore_run
+from experiments.runs.saved_run import SavedRun
 from hnet import Sampling
 
 TEXT_BYTES = 1500
@@ -23,35 +23,38 @@ PROMPTS = ("def ", "class ", "The ")
 
 def main(argv: list[str]) -> None:
     parser = commands.run_parser(__doc__, "report", purpose="to show")
-    print(_write(open_run(parser, argv)))
+    with SavedRun.from_command_line(parser, argv) as saved:
+        print(_write(saved))
 
 
 def write_report(workdir: Path) -> Path:
     """Writes the report of the newest checkpoint in `workdir` and returns its path."""
-    return _write(restore_run(workdir))
+    with SavedRun.open(workdir) as saved:
+        return _write(saved)
 
 
-def _write(run: Run) -> Path:
-    manifest = json.loads((run.workdir / "manifest.json").read_text())
-    rows = generate_bytes(run.config, run.params, [prompt.encode() for prompt in PROMPTS], length=SAMPLE_BYTES,
+def _write(saved: SavedRun) -> Path:
+    config, params = saved.config, saved.params()
+    manifest = json.loads((saved.workdir / "manifest.json").read_text())
+    rows = generate_bytes(config, params, [prompt.encode() for prompt in PROMPTS], length=SAMPLE_BYTES,
                           sampling=Sampling(temperature=0.7))
     samples = tuple(zip(PROMPTS, map(bytes, zip(*rows, strict=True)), strict=True))
     page = render_report(ReportData(
-        name=run.workdir.name,
-        config=saved_fields(run.config),
+        name=saved.workdir.name,
+        config=saved_fields(config),
         manifest=manifest,
-        metrics=read_metrics(run.workdir / "metrics.jsonl"),
+        metrics=read_metrics(saved.workdir / "metrics.jsonl"),
         reference_lines=manifest["reference_lines"],
-        texts=chunk_texts(run.config, run.params, held_out_texts(run.corpus())),
+        texts=chunk_texts(config, params, held_out_texts(saved.corpus())),
         samples=samples,
     ))
-    path = run.workdir / "report.html"
+    path = saved.workdir / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
 
 
 def held_out_texts(corpus: Corpus, limit: int = 3) -> list[tuple[str, bytes]]:
-    """The beginning of one held-out document of each kind (its folder or file ending), the longest kinds first."""
+    """Returns the beginning of a held-out document of each kind (folder or file ending), the longest first."""
     split = corpus.split("held_out")
     chosen: dict[str, int] = {}
     for index in sorted(range(len(split.names)), key=lambda index: split.names[index]):

@@ -1,11 +1,11 @@
-"""Trains several configs with several seeds, and writes one table and one plot of what they reached.
+"""Trains several configs with several seeds, and writes one table and one plot of the results.
 
   python -m experiments.sweep --configs=compare_learned,compare_stride --seeds=3 --outdir=runs/compare
 
 Every run is an `experiments.train` of its own in OUTDIR/<config>-seed<k>/; --config.FIELD=VALUE holds for all of
-them. The same command again leaves finished runs alone and goes on with the others. OUTDIR/ gets sweep.json (every
-run), table.md (a row per config) and plot.svg. A run that fails is reported, the others go on, and the exit code
-is 1. SIGTERM and Ctrl-C stop the runs, which save a checkpoint each.
+them. The same command again leaves finished runs alone and trains the others. OUTDIR/ gets sweep.json (every
+run), table.md (a row per config) and plot.svg. A run that fails is reported, the others continue, and the exit
+code is 1. SIGTERM and Ctrl-C stop the runs, which save a checkpoint each.
 """
 import contextlib
 import dataclasses
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--configs", required=True, help="names in configs/ or paths of config files, with commas")
     parser.add_argument("--seeds", type=int, default=3, help="run seeds 0 to this - 1 of every config")
     parser.add_argument("--outdir", required=True, help="the directory of the runs, the table and the plot")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; they share this machine's devices")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the devices here")
     parser.add_argument("--report_only", action="store_true", help="train nothing, draw what is finished")
     arguments, overrides = split_overrides(argv)
     arguments = parser.parse_args(arguments)
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
             failed = train_all(runs, arguments.jobs, received)
             if received:
                 name = signal.Signals(received[0]).name
-                print(f"stopped by {name}; the same command goes on from there", flush=True)
+                print(f"stopped by {name}; the same command continues from there", flush=True)
                 return 128 + received[0]
     finished = {run: result_of(run) if is_finished(run) else None for run in runs}
     write_findings(outdir, finished, "sweep.json", lambda results: (render_table(results), render_plot(results)))
@@ -82,7 +82,7 @@ def plan(configs: list[str], num_seeds: int, outdir: Path, overrides: list[str])
       UsageError: a config does not load, two have one name, or a run in `outdir` was made with another config.
     """
     if any(override.startswith("--config.seed=") for override in overrides):
-        raise UsageError("--config.seed is what a sweep varies; say --seeds=N for seeds 0 to N - 1")
+        raise UsageError("--config.seed is what a sweep varies; use --seeds=N for seeds 0 to N - 1")
     names = [Path(config).stem for config in configs]
     if len(set(names)) < len(names):
         raise UsageError(f"--configs={','.join(configs)}: two configs have one name, and so would their runs")
@@ -150,7 +150,7 @@ class _Child:
         print(f"{label}: started, {self._log} has its output", flush=True)
 
     def report(self, was_stopped: bool) -> bool:
-        """Says how the process ended, and returns whether it trained to the end."""
+        """Prints how the process ended, and returns whether it trained to the end."""
         seconds = time.monotonic() - self._started
         code = self.process.returncode
         if code == 0:
@@ -170,7 +170,7 @@ class _Child:
 
 
 def is_finished(run: Run) -> bool:
-    """Whether the run reached its last step, was evaluated there, and saved what it had learned."""
+    """Tells whether the run reached its last step, was evaluated there, and saved its weights."""
     # The manifest gets its "end_step" after the last checkpoint; the last evaluation comes before that.
     manifest = run.workdir / "manifest.json"
     return manifest.is_file() and json.loads(manifest.read_text()).get("end_step") == run.config.num_steps
@@ -218,7 +218,7 @@ def _refuse_another_config(run: Run) -> None:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """While training, SIGINT and SIGTERM are only noted in this list."""
+    """Lets SIGINT and SIGTERM only add to this list while training."""
     received: list[int] = []
     before = {number: signal.signal(number, lambda number, _: received.append(number))
               for number in (signal.SIGINT, signal.SIGTERM)}

@@ -27,7 +27,7 @@ from experiments.pages.html import render_part
 class Cell(NamedTuple):
     """One character of a text, or one of its bytes, and what a page shows for it."""
     shown: str
-    kind: str = ""       # class of what is no plain glyph: "newline", "tab" or "hex"
+    kind: str = ""       # class of what is not a plain glyph: "newline", "tab" or "hex"
     after: str = ""      # what follows outside of the mark, so that copied text is the text
     probs: str = ""      # probabilities of a boundary at its bytes; "" where none is known
     strongest: str = ""  # the largest of them

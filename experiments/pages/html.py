@@ -1,7 +1,7 @@
 """Renders the templates of this folder into pages that stand alone.
 
 Every value that a template shows is escaped, unless it is Markup that a template or `svg` has made. A page has no
-script, no font, no file beside it, and a content security policy lets a browser load nothing.
+script, no font, no further file, and a content security policy lets a browser load nothing.
 """
 from collections.abc import Callable
 from pathlib import Path

@@ -11,15 +11,13 @@ step before it. A sound step that does not *fit* the state asked for means the c
 Readers change nothing on disk; the next save renames the damaged steps it would collide with.
 """
 import contextlib
-import gc
 import json
 import logging
-import sys
-import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from types import TracebackType
+from typing import Any, NamedTuple, Self, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
@@ -27,15 +25,22 @@ from jax.experimental import multihost_utils
 
 from experiments.errors import UsageError
 from experiments.runs.checksums import array_checksums, leaves_by_path
+from experiments.runs.orbax_quirks import orbax_held_quiet
 
 PyTree = Any
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
-# Nothing else here runs on asyncio. What orbax leaves undone there is logged at some later time, if at all.
-logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+
+
+class Saved(NamedTuple):
+    """The record of a checkpoint."""
+    step: int
+    meta: dict[str, Any]    # as `save` was given it
+    arrays: dict[str, str]  # such as {"params/embedding": "float32[256, 64]"}
 
 
 class Restored(NamedTuple):
+    """A checkpoint, read."""
     step: int
     state: PyTree  # the structure, dtypes and shardings of the abstract state asked for
     meta: dict[str, Any]
@@ -43,6 +48,14 @@ class Restored(NamedTuple):
 
 class DamagedError(Exception):
     """A step that cannot be restored as it was saved; the text says what is wrong with it."""
+
+
+class MisfitError(UsageError):
+    """A sound step of another model; `difference` is its first array that is not as asked for."""
+
+    def __init__(self, text: str, difference: str) -> None:
+        super().__init__(text)
+        self.difference = difference
 
 
 class Checkpoints:
@@ -54,7 +67,7 @@ class Checkpoints:
             raise UsageError(f"the number of checkpoints to keep is {keep}; at least 1 is needed to resume")
         self.directory = Path(directory).absolute()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False)
-        with _orbax_held_quiet():
+        with orbax_held_quiet():
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         self._damaged: dict[int, str] = {}  # step -> what is wrong, as found by restores so far
 
@@ -73,33 +86,33 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(_record(state, meta))
         )
-        with _orbax_held_quiet():  # it would report the remains of an interrupted save, which it replaces
+        with orbax_held_quiet():  # it would report the remains of an interrupted save, which it replaces
             # Unforced, it would skip any step below the newest without a word.
             return self._manager.save(step, args=items, force=True)
 
-    def restore_latest(self, abstract_state: PyTree) -> Restored | None:
+    def restore_latest(self, abstract_state: PyTree, *, part: str = "") -> Restored | None:
         """Restores the newest sound step, or None if nothing was ever saved.
 
         Args:
           abstract_state: ShapeDtypeStructs; each leaf is restored onto its sharding, which may belong to
             another mesh than the one that saved, or else onto the first device.
+          part: the entry of the saved state that `abstract_state` describes, such as "params"; nothing else is
+            read then. "" is the whole.
         Raises:
           UsageError: a sound step does not fit `abstract_state`, or every step is damaged.
         """
-        return self._newest_sound(lambda step: self._restore(step, abstract_state))
+        return self._newest_sound(lambda step: self._restore(step, abstract_state, part))
 
-    def restore_step(self, step: int, abstract_state: PyTree) -> Restored:
+    def restore_step(self, step: int, abstract_state: PyTree, *, part: str = "") -> Restored:
         """Restores exactly `step`; raises UsageError if it is missing, damaged or does not fit."""
-        return self._exactly(step, lambda step: self._restore(step, abstract_state))
+        return self._exactly(step, lambda step: self._restore(step, abstract_state, part))
 
-    def read_meta(self, step: int | None = None) -> dict[str, Any]:
-        """Reads what `save` was given as `meta`, from `step` or from the newest step that has it intact."""
-        if step is not None:
-            return self._exactly(step, self._read_record)["meta"]
-        record = self._newest_sound(self._read_record)
-        if record is None:
+    def read_record(self, step: int | None = None) -> Saved:
+        """Reads the record of `step`, or of the newest step that has it intact."""
+        found = self._newest_sound(self._saved) if step is None else self._exactly(step, self._saved)
+        if found is None:
             raise UsageError(f"no checkpoint in {self.directory}; --workdir must name a run that saved one")
-        return record["meta"]
+        return found
 
     def latest_step(self) -> int | None:
         """Returns the newest step not yet found damaged; one that is being written counts."""
@@ -113,13 +126,21 @@ class Checkpoints:
         self.wait()
         self._manager.close()
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
     def _sound_steps(self) -> list[int]:
         return sorted(set(self._manager.all_steps()) - set(self._damaged), reverse=True)
 
     def _newest_sound(self, read: Callable[[int], T]) -> T | None:
         """Returns `read(step)` for the newest step that is not damaged, None if there are no steps at all."""
         passed_over = []
-        with _orbax_held_quiet():
+        with orbax_held_quiet():
             for step in self._sound_steps():
                 try:
                     found = read(step)
@@ -145,20 +166,26 @@ class Checkpoints:
             there = ", ".join(map(str, steps)) or "none"
             raise UsageError(f"no checkpoint {step} in {self.directory}; steps there: {there}")
         try:
-            with _orbax_held_quiet():
+            with orbax_held_quiet():
                 return read(step)
         except DamagedError as error:
             raise UsageError(f"checkpoint {step} in {self.directory} is damaged: {error}") from error
 
-    def _restore(self, step: int, abstract_state: PyTree) -> Restored:
-        record = self._read_record(step)
-        self._check_fit(step, record["arrays"], abstract_state)
-        target = jax.tree.map(_placed, abstract_state)
-        state = self._read_item(step, state=ocp.args.StandardRestore(target))
+    def _restore(self, step: int, abstract_state: PyTree, part: str) -> Restored:
+        record, wanted = self._read_record(step), {part: abstract_state} if part else abstract_state
+        saved = {path: array for path, array in record["arrays"].items() if path.startswith(part and f"{part}/")}
+        self._check_fit(step, _types(saved), wanted)
+        target = jax.tree.map(_placed, wanted)
+        state = self._read_part(step, target) if part else self._read_item(
+            step, state=ocp.args.StandardRestore(target))
         for path, checksum in array_checksums(state).items():
-            if checksum != record["arrays"][path]["checksum"]:
+            if checksum != saved[path]["checksum"]:
                 raise DamagedError(f"the checksum of {path} differs from the one it was saved with")
-        return Restored(step, state, record["meta"])
+        return Restored(step, state[part] if part else state, record["meta"])
+
+    def _saved(self, step: int) -> Saved:
+        record = self._read_record(step)
+        return Saved(step, record["meta"], _types(record["arrays"]))
 
     def _read_record(self, step: int) -> dict[str, Any]:
         record = self._read_item(step, meta=ocp.args.JsonRestore())
@@ -167,20 +194,22 @@ class Checkpoints:
         return record
 
     def _read_item(self, step: int, **item: Any) -> Any:
-        """Restores one item. Whatever orbax raises is damage: what could be the caller's is checked first."""
         (name,) = item
-        try:
+        with _as_damage(name):
             return self._manager.restore(step, args=ocp.args.Composite(**item))[name]
-        except Exception as error:
-            first_line = (str(error).splitlines() or [""])[0]
-            raise DamagedError(f"{name} is unreadable, {type(error).__name__}: {first_line[:120]}") from error
 
-    def _check_fit(self, step: int, saved: dict[str, Any], abstract_state: PyTree) -> None:
-        saved_types = {path: _describe(array["dtype"], array["shape"]) for path, array in saved.items()}
-        misfit = first_misfit(saved_types, array_types(abstract_state))
+    def _read_part(self, step: int, target: PyTree) -> PyTree:
+        """Restores some entries of a state, which the manager, having saved whole states, would not."""
+        arguments = ocp.args.PyTreeRestore(
+            item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True)
+        with _as_damage("state"), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            return reader.restore(self.directory / str(step) / "state", args=arguments)
+
+    def _check_fit(self, step: int, saved: dict[str, str], abstract_state: PyTree) -> None:
+        misfit = first_misfit(saved, array_types(abstract_state))
         if misfit:
-            raise UsageError(f"checkpoint {step} in {self.directory} does not fit this config: {misfit}; "
-                             "use another --workdir or change config.model")
+            raise MisfitError(f"checkpoint {step} in {self.directory} does not fit this config: {misfit}; "
+                              "use another --workdir or change config.model", misfit)
 
     def _set_damaged_aside(self) -> None:
         """Renames damaged steps to `<step>.damaged`, a name that orbax does not read as a step."""
@@ -202,18 +231,32 @@ class Checkpoints:
 
 
 def array_types(tree: PyTree) -> dict[str, str]:
-    """Returns such as {"params/embedding": "float32[256, 64]"} for arrays, abstract or not."""
+    """Describes arrays, abstract or not, by path: {"params/embedding": "float32[256, 64]"}."""
     return {path: _describe(leaf.dtype, leaf.shape) for path, leaf in leaves_by_path(tree).items()}
 
 
 def first_misfit(saved: dict[str, str], wanted: dict[str, str]) -> str | None:
-    """Says how the first array that differs between two `array_types` does, and how many others do."""
+    """Describes the first difference between two `array_types`, and counts the others; None if they are equal."""
     differing = [path for path in wanted | saved if saved.get(path) != wanted.get(path)]
     if not differing:
         return None
     path = differing[0]
     others = f" (and {len(differing) - 1} more arrays differ)" if differing[1:] else ""
     return f"{path} is {saved.get(path, 'absent')} there and {wanted.get(path, 'absent')} here{others}"
+
+
+@contextlib.contextmanager
+def _as_damage(name: str) -> Iterator[None]:
+    """Takes whatever orbax raises for damage: what could be the caller's is checked before."""
+    try:
+        yield
+    except Exception as error:
+        first_line = (str(error).splitlines() or [""])[0]
+        raise DamagedError(f"{name} is unreadable, {type(error).__name__}: {first_line[:120]}") from error
+
+
+def _types(arrays: dict[str, Any]) -> dict[str, str]:
+    return {path: _describe(array["dtype"], array["shape"]) for path, array in arrays.items()}
 
 
 def _placed(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -239,20 +282,3 @@ def _record(state: PyTree, meta: dict[str, Any]) -> dict[str, Any]:
 def _crc32(record: dict[str, Any]) -> int:
     content = {"meta": record.get("meta"), "arrays": record.get("arrays")}
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
-
-
-@contextlib.contextmanager
-def _orbax_held_quiet() -> Iterator[None]:
-    """Holds back what orbax prints and logs about damage, of which our own warnings speak in one line."""
-    absl = logging.getLogger("absl")
-    level, hook = absl.level, sys.unraisablehook
-    absl.setLevel(logging.CRITICAL)
-    sys.unraisablehook = lambda _: None  # coroutines that orbax abandons print whole tracebacks as they die
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # "coroutine ... was never awaited"
-            yield
-            gc.collect(1)
-    finally:
-        sys.unraisablehook = hook
-        absl.setLevel(level)

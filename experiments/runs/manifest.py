@@ -1,4 +1,4 @@
-"""manifest.json: what it takes to know, a year later, which code made a run and on what."""
+"""manifest.json: the code, versions and devices that made a run, to be known a year later."""
 import hashlib
 import importlib.metadata
 import json
@@ -38,11 +38,11 @@ def write_manifest(workdir: Path, *, step: int = 0, **extra: Any) -> dict[str, A
     """Writes workdir/manifest.json at the start of a run, and again at each restart.
 
     The facts are those of the latest start; "restarts" lists every start, the first included, and
-    "start_time" stays that of the first. What `update_manifest` added is left out: it was about an end
-    that turned out to be none.
+    "start_time" stays that of the first. Fields that `update_manifest` added
+    are dropped, for the run has not ended after all.
 
     Args:
-      step: the step this start goes on from.
+      step: the step that this start continues from.
       extra: further entries, as JSON values.
     """
     starts = _read(workdir).get("restarts", [])

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl, one JSON object a line, and TensorBoard event files.
+"""The numbers of a run on disk: metrics.jsonl, one JSON object a line, and TensorBoard event files.
 
 A record is {"step": 120, "train/bits_per_byte": 2.31, ...}. JSON has no words for numbers that are not
 finite, so they are written as the strings "nan", "inf" and "-inf"; `read_metrics` gives floats back. Each
@@ -82,7 +82,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Reads a metrics.jsonl; a last line without its line end, cut off by a kill, is left out.
 
     Raises:
-      UsageError: there is no such file, or a whole line is not a record.
+      UsageError: the file does not exist, or a whole line is not a record.
     """
     if not Path(path).is_file():
         raise UsageError(f"no metrics at {path}; --workdir must name a run that has written some")

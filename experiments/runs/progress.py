@@ -1,4 +1,4 @@
-"""What the person at the console sees: a live line on a terminal, else a plain line per update."""
+"""Progress of a run on the console: a live line on a terminal, otherwise a plain line per update."""
 import sys
 import time
 from collections.abc import Callable
@@ -15,7 +15,7 @@ FIELD_FORMATS = {"bits/byte": ".3f", "bytes/s": ",.0f", "boundary rate": ".3f", 
 
 
 class Progress:
-    """Shows how far a run has come. Only the first process prints.
+    """The progress of a run, shown by the first process alone.
 
       with Progress(total_steps=1000) as progress:
           progress.message("compiling ...")

@@ -1,132 +1,185 @@
-"""A run on disk, opened again by the commands that look at it: its config, its parameters, its corpus."""
+"""The one way into a run on disk, and the state that training begins with: from there, or a new one."""
 import argparse
-import dataclasses
-import os
+import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import TracebackType
+from typing import Any, Self
 
 import jax
-from jax.sharding import Mesh, NamedSharding
 
-from experiments.config import DataConfig, RunConfig
+from experiments.config import RunConfig
+from experiments.config.codec import flat_fields
 from experiments.config.command_line import apply_overrides, split_overrides
 from experiments.config.files import config_from_saved
-from experiments.data import Corpus, load_corpus
+from experiments.data import Corpus
 from experiments.errors import UsageError
-from experiments.runs.checkpoints import Checkpoints, Restored, array_types, first_misfit
-from experiments.training.mesh import make_mesh, use_mesh
-from experiments.training.step import TrainState, compile_program, weights
+from experiments.runs.checkpoints import Checkpoints, MisfitError
+from experiments.runs.compilation_cache import enable_compilation_cache
+from experiments.training.batches import open_corpus
+from experiments.training.mesh import make_mesh, replicated
+from experiments.training.step import Program, TrainState
+from hnet import parameter_shapes
 
 PARAMETERS_ONLY = "parameters"  # meta["contents"] of a checkpoint without an optimizer's state
+logger = logging.getLogger(__name__)
 
 
-class Run(NamedTuple):
-    workdir: Path
-    config: RunConfig
-    mesh: Mesh
-    step: int
-    params: Any
+class SavedRun:
+    """A run on disk, open at one of its checkpoints.
+
+      with SavedRun.open("runs/quickstart") as saved:
+          logits = HNetLM(saved.config.model).apply({"params": saved.params()}, tokens).logits
+
+    Attributes:
+      workdir: the absolute path of its directory.
+      config: its config as it was saved, with the overrides of whoever opened it.
+      meta: what was saved besides the arrays.
+      step: the checkpoint that was read; a newest one whose arrays prove damaged is replaced by the one before.
+    """
+
+    def __init__(self, checkpoints: Checkpoints, step: int | None = None, overrides: Sequence[str] = ()) -> None:
+        """Reads the record of `step`, or of the newest sound checkpoint; raises UsageError as `open` does."""
+        record = checkpoints.read_record(step)
+        self.workdir, self.meta, self.step = checkpoints.directory.parent, record.meta, record.step
+        self.config = apply_overrides(config_from_saved(record.meta["config"], RunConfig), overrides)
+        self._checkpoints, self._arrays, self._asked = checkpoints, record.arrays, step
+
+    @classmethod
+    def open(
+        cls, workdir: str | Path, step: int | None = None, overrides: Sequence[str] = (), *,
+        field: str = "--workdir",
+    ) -> Self:
+        """Opens checkpoint `step` of a run, or its newest sound one.
+
+        Args:
+          overrides: changes of its config, "--config.FIELD=VALUE".
+          field: names the run in messages.
+        Raises:
+          UsageError: there is no such run or checkpoint, or an override does not fit its config.
+        """
+        workdir = Path(workdir).expanduser().absolute()
+        if not (workdir / "checkpoints").is_dir():
+            raise UsageError(f"{field}={workdir}: no run has saved a checkpoint there; "
+                             f"train one with python -m experiments.train --config=quickstart --workdir={workdir}")
+        return cls(Checkpoints(workdir / "checkpoints", keep=1), step, overrides)
+
+    @classmethod
+    def from_command_line(cls, parser: argparse.ArgumentParser, argv: list[str]) -> Self:
+        """Parses --workdir, --step and --config.FIELD=VALUE, and opens that checkpoint."""
+        enable_compilation_cache()
+        arguments, overrides = split_overrides(argv)
+        arguments = parser.parse_args(arguments)
+        return cls.open(arguments.workdir, arguments.step, overrides)
+
+    def params(self, wanted: Any = None) -> Any:
+        """Reads the weights alone: their average over steps, where the run keeps one.
+
+        Args:
+          wanted: ShapeDtypeStructs with shardings for another model that has them; None reads those of
+            `config.model` onto one device.
+        Raises:
+          UsageError: the checkpoint has other parameters.
+        """
+        part = "ema" if any(path.startswith("ema/") for path in self._arrays) else "params"
+        if wanted is None:
+            return self.restore(_on_one_device(parameter_shapes(self.config.model)), part=part)
+        try:
+            return self.restore(wanted, part=part)
+        except MisfitError as error:
+            raise UsageError(f"the model of {self.workdir} does not fit this one: "
+                             f"{error.difference.removeprefix(f'{part}/')}; "
+                             "change config.model, or start from another run") from error
+
+    def restore(self, abstract: Any, *, part: str = "") -> Any:
+        """Restores the state that `abstract` describes, or the entry `part` of it; see Checkpoints."""
+        if self._asked is None:
+            restored = self._checkpoints.restore_latest(abstract, part=part)
+        else:
+            restored = self._checkpoints.restore_step(self._asked, abstract, part=part)
+        assert restored is not None, "its record was read"
+        self.step, self.meta = restored.step, restored.meta
+        return restored.state
 
     def corpus(self) -> Corpus:
         return open_corpus(self.config.data)
 
+    def __enter__(self) -> Self:
+        return self
 
-def open_run(parser: argparse.ArgumentParser, argv: list[str]) -> Run:
-    """Parses a command line with --workdir, --step and --config.FIELD=VALUE, and restores that checkpoint.
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._checkpoints.close()
+
+
+def start_or_resume(
+    config: RunConfig, program: Program, checkpoints: Checkpoints, corpus: Corpus
+) -> tuple[TrainState, float]:
+    """Returns the state to continue from, and the seconds that its steps have taken.
 
     Raises:
-      UsageError: there is no such run or checkpoint, or the overrides do not fit it.
+      UsageError: the run is another one than `config` describes, or weights to start from are missing or unfit.
     """
-    arguments, overrides = split_overrides(argv)
-    return restore_run(**vars(parser.parse_args(arguments)), overrides=overrides)
+    if checkpoints.latest_step() is None:
+        return _start(config, program), 0.0
+    saved = SavedRun(checkpoints)
+    if saved.meta.get("contents") == PARAMETERS_ONLY:
+        raise UsageError(f"--workdir={saved.workdir} holds imported weights without an optimizer's state; "
+                         f"train in another --workdir with --config.init_from={saved.workdir}")
+    state = saved.restore(program.abstract_state)
+    if saved.step > config.num_steps:
+        raise UsageError(f"the run is at step {saved.step}, past config.num_steps {config.num_steps}; "
+                         "raise config.num_steps, or use another --workdir")
+    if saved.meta["corpus"] != corpus.fingerprint:
+        raise UsageError(
+            f"the corpus changed since checkpoint {saved.step}: it had {saved.meta['corpus']} and is now "
+            f"{corpus.fingerprint}; restore the files, change config.data.source, or use another --workdir")
+    changed = _differences(config_from_saved(saved.meta["config"], RunConfig), config)
+    if changed:
+        logger.warning("resuming with a changed config: %s", "; ".join(changed))
+    print(f"resuming at step {saved.step}", flush=True)
+    return state, saved.meta["train_seconds"]
 
 
-def restore_run(workdir: str | Path, step: int | None = None, overrides: list[str] | None = None, **_: Any) -> Run:
-    """Restores checkpoint `step` of a run, or its newest sound one, with its config changed by `overrides`."""
-    enable_compilation_cache()
-    workdir = Path(workdir).expanduser().absolute()
-    checkpoints, meta = _open_checkpoints(workdir, step)
-    config = _config(meta, overrides or [])
-    mesh = make_mesh(1, jax.devices()[:1])
-    restored = _restore(checkpoints, step, _abstract_state(config, mesh, meta))
-    return Run(workdir, config, mesh, restored.step, weights(restored.state))
+def _start(config: RunConfig, program: Program) -> TrainState:
+    """Draws random weights, and replaces those that `init_from` or, of the boundary_lm, `boundary_lm_from` has."""
+    wanted, model = program.abstract_state.params, config.model
+    found: dict[str, Any] = {}
+    if config.init_from:
+        with SavedRun.open(config.init_from, field="config.init_from") as source:
+            has_lm = source.config.model.boundary_lm is not None
+            found |= source.params({name: wanted[name] for name in wanted if has_lm or name != "boundary_lm"})
+        print(f"starting from the weights of {config.init_from}", flush=True)
+    if config.boundary_lm_from:
+        field = f"config.boundary_lm_from={config.boundary_lm_from}"
+        if model.boundary_lm is None:
+            raise UsageError(
+                f"{field}: config.model has no boundary_lm; leave it empty, or use the router 'entropy'")
+        with SavedRun.open(config.boundary_lm_from, field="config.boundary_lm_from") as source:
+            changed = _differences(source.config.model, model.boundary_lm, "its model")
+            if changed:
+                raise UsageError(
+                    f"{field} has another model than config.model.boundary_lm: {'; '.join(changed)} here")
+            found["boundary_lm"] = source.params(wanted["boundary_lm"])
+    if model.boundary_lm is not None and "boundary_lm" not in found:
+        raise UsageError(
+            "config.model.boundary_lm needs trained weights: train a run with that model, "
+            "python -m experiments.train --config=... --workdir=runs/boundary_lm, "
+            "and set --config.boundary_lm_from=runs/boundary_lm")
+    if found.keys() == wanted.keys():
+        return program.start(found)
+    state = program.init(jax.random.key(config.seed))
+    return program.start(state.params | found) if found else state
 
 
-def saved_config(workdir: str | Path, *, field: str) -> RunConfig:
-    """Returns the config with which a run saved its newest sound checkpoint.
-
-    Args:
-      field: what names the run, such as "config.init_from", for the message.
-    Raises:
-      UsageError: there is no such run or checkpoint.
-    """
-    checkpoints, meta = _open_checkpoints(Path(workdir).expanduser().absolute(), None, field)
-    checkpoints.close()
-    return _config(meta)
+def _on_one_device(shapes: Any) -> Any:
+    sharding = replicated(make_mesh(1, jax.devices()[:1]))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
 
 
-def restore_params(workdir: str | Path, abstract_params: Any, step: int | None = None) -> Any:
-    """Restores the weights of a run for another model, whose parameters `abstract_params` describes.
-
-    Args:
-      abstract_params: ShapeDtypeStructs; each weight is restored onto the sharding of its own.
-    Raises:
-      UsageError: there is no such run or checkpoint, or its model has other parameters.
-    """
-    checkpoints, meta = _open_checkpoints(Path(workdir).expanduser().absolute(), step)
-    config = _config(meta)
-    sharding = jax.tree.leaves(abstract_params)[0].sharding
-    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else make_mesh(1, jax.devices()[:1])
-    # What else that run saved goes onto this mesh too, over which its batch need not divide.
-    rows = mesh.shape["data"] * config.optimizer.accumulation_steps
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, batch_size=rows))
-    abstract = _abstract_state(config, mesh, meta)
-    _check_same_parameters(abstract.params, abstract_params, workdir)
-    abstract = abstract.replace(params=abstract_params, ema=abstract_params if abstract.ema else ())
-    return weights(_restore(checkpoints, step, abstract).state)
-
-
-def _open_checkpoints(
-    workdir: Path, step: int | None, field: str = "--workdir"
-) -> tuple[Checkpoints, dict[str, Any]]:
-    if not (workdir / "checkpoints").is_dir():
-        raise UsageError(f"{field}={workdir}: no run has saved a checkpoint there; "
-                         f"train one with python -m experiments.train --config=quickstart --workdir={workdir}")
-    checkpoints = Checkpoints(workdir / "checkpoints", keep=1)
-    return checkpoints, checkpoints.read_meta(step)
-
-
-def _config(meta: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
-    return apply_overrides(config_from_saved(meta["config"], RunConfig), overrides)
-
-
-def _abstract_state(config: RunConfig, mesh: Mesh, meta: dict[str, Any]) -> TrainState:
-    with use_mesh(mesh):
-        abstract = compile_program(config, mesh).abstract_state
-    return abstract.replace(opt_state=(), ema=()) if meta.get("contents") == PARAMETERS_ONLY else abstract
-
-
-def _restore(checkpoints: Checkpoints, step: int | None, abstract: TrainState) -> Restored:
-    restored = checkpoints.restore_latest(abstract) if step is None else checkpoints.restore_step(step, abstract)
-    checkpoints.close()
-    assert restored is not None, "its meta was read"
-    return restored
-
-
-def _check_same_parameters(saved: Any, wanted: Any, workdir: str | Path) -> None:
-    misfit = first_misfit(array_types(saved), array_types(wanted))
-    if misfit:
-        raise UsageError(f"the model of {workdir} does not fit this one: {misfit}; "
-                         "change config.model, or start from another run")
-
-
-def open_corpus(data: DataConfig) -> Corpus:
-    return load_corpus(data.source, text_key=data.text_key, cache_dir=data.cache_dir)
-
-
-def enable_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache directory, unless jax was told another place."""
-    if jax.config.jax_compilation_cache_dir is None:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(cache / "hnet-jax" / "compiled"))
+def _differences(old: Any, new: Any, prefix: str = "config") -> list[str]:
+    """Describes each field that two configs differ in."""
+    before, after = flat_fields(old), flat_fields(new)
+    return [f"{prefix}.{name} was {before.get(name)!r}, is {after.get(name)!r}"
+            for name in sorted(before.keys() | after.keys()) if before.get(name) != after.get(name)]

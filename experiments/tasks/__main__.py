@@ -1,4 +1,4 @@
-"""Trains several mixers on a synthetic task, and writes one table and one plot of what they reached.
+"""Trains several mixers on a synthetic task, and writes one table and one plot of the results.
 
   python -m experiments.tasks --config=mqar_tiny --mixers=t,m --seeds=1 --outdir=runs/mqar
 
@@ -7,8 +7,8 @@ gdn2 or m1t1; a name without a count gets as many layers as the config says. Eve
 learning rate of the config and seeds 0 to N - 1, one run after the other.
 
 OUTDIR/ gets runs/ (a file per finished run), results.json (all of them), table.md (a row per mixer, with its best
-learning rate) and plot.svg. The same command again leaves finished runs alone and goes on with the others. A run
-that fails is reported, the others go on, and the exit code is 1.
+learning rate) and plot.svg. The same command again leaves finished runs alone and trains the others. A run
+that fails is reported, the others continue, and the exit code is 1.
 """
 import dataclasses
 import functools
@@ -24,17 +24,17 @@ from experiments import commands
 from experiments.config.command_line import split_overrides
 from experiments.config.files import CONFIGS_DIRECTORY, load_config, saved_fields
 from experiments.errors import UsageError, run_command
+from experiments.runs.compilation_cache import enable_compilation_cache
 from experiments.runs.grid import write_findings
 from experiments.runs.manifest import prepare_workdir, write_manifest
 from experiments.runs.progress import Progress
-from experiments.runs.saved_run import enable_compilation_cache
 from experiments.tasks.config import TaskConfig
 from experiments.tasks.page import choose_rates, render_plot, render_table
 from experiments.tasks.results import Result, RunName, load, save
 from experiments.tasks.settings import Column, Setting, settings_of
 from experiments.tasks.training import Trainer, symbols_per_second
 
-UPDATES = 5  # lines about a run on a console that is no terminal
+UPDATES = 5  # lines about a run on a console that is not a terminal
 
 
 class Run(NamedTuple):
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
         try:
             failed = train_all(runs, finished, config, outdir)
         except KeyboardInterrupt:
-            print("stopped; the same command goes on with the runs that are not finished", flush=True)
+            print("stopped; the same command continues with the runs that are not finished", flush=True)
             return 128 + signal.SIGINT
     columns = _columns(runs)
     write_findings(outdir, finished, "results.json", lambda results: _render(results, columns))

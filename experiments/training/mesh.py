@@ -1,6 +1,7 @@
 """Devices as a (data, model) grid, and which axis of what goes where. Nothing else knows the mesh."""
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -60,6 +61,11 @@ def put_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str
     """Places this process's rows of a global batch; only what a step reads."""
     names = [name for name in ("tokens", "segment_ids", "loss_mask", "boundary_levels") if name in batch]
     return {name: jax.make_array_from_process_local_data(sharding, batch[name]) for name in names}
+
+
+def batch_placer(mesh: Mesh) -> Callable[[dict[str, np.ndarray]], dict[str, jax.Array]]:
+    """Returns a function that places this process's rows of a global batch; its callers need not know the mesh."""
+    return partial(put_batch, sharding=batch_sharding(mesh))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -3,6 +3,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from experiments import evaluate, generate, report, train
 from experiments.data import BOS, WindowSource
 from experiments.errors import UsageError
-from experiments.runs.saved_run import restore_run
+from experiments.runs.saved_run import SavedRun
 from experiments.training.mesh import make_mesh
 from hnet import HNetLM, Sampling
 from tests.support.runs import KEPT_STEPS, finish, results, saved_steps, start
@@ -183,7 +184,8 @@ def test_evaluate_takes_a_step_and_overrides(finished_run, capsys):
 
 @pytest.fixture(scope="module")
 def run(finished_run):
-    return restore_run(finished_run)
+    with SavedRun.open(finished_run) as saved:
+        return SimpleNamespace(config=saved.config, params=saved.params(), corpus=saved.corpus)
 
 
 def _text(run, prompt: bytes, length: int, temperature: float, seed: int) -> bytes:

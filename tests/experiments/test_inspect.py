@@ -1,14 +1,13 @@
 """Looking inside a model: what is refused, what the terminal shows, and a page that needs nothing beside it."""
+import contextlib
 import re
+from types import SimpleNamespace
 
-import jax
 import pytest
 
 from experiments import inspect
 from experiments.analysis.perturbations import perturb
 from experiments.errors import UsageError
-from experiments.runs.saved_run import Run
-from experiments.training.mesh import make_mesh
 from tests.experiments.pages.test_report import HOSTILE, Page
 from tests.support.models import random_params
 from tests.support.runs import config_of
@@ -19,10 +18,10 @@ TEXT = b"import x2\nthe chunk of\tgr\xc3\xbcn " + HOSTILE
 @pytest.fixture(scope="module")
 def run_of(configs, tmp_path_factory):
     """A function of a config's name: that model with random weights, in a workdir of its own."""
-    def make(name: str) -> Run:
+    def make(name: str) -> SimpleNamespace:
         config = config_of(configs / f"{name}.py")
-        mesh = make_mesh(1, jax.devices()[:1])
-        return Run(tmp_path_factory.mktemp(f"{name}<i>"), config, mesh, 3, random_params(config.model))
+        return SimpleNamespace(workdir=tmp_path_factory.mktemp(f"{name}<i>"), config=config, step=3,
+                               params=lambda: random_params(config.model))
 
     return make
 
@@ -66,7 +65,7 @@ def test_a_page_that_cannot_be_written_is_refused_with_the_reason(two_stages, tm
 def _show(run_and_inspection, monkeypatch) -> None:
     """Lets the command show this, without a checkpoint and without a model."""
     run, inspection = run_and_inspection
-    monkeypatch.setattr(inspect, "open_run", lambda parser, argv: run)
+    monkeypatch.setattr(inspect.SavedRun, "from_command_line", lambda parser, argv: contextlib.nullcontext(run))
     monkeypatch.setattr(inspect, "inspect_text", lambda *_: inspection)
 
 

@@ -14,7 +14,7 @@ from experiments import export_official, generate, import_official
 from experiments.errors import UsageError
 from experiments.import_official import open_state_dict
 from experiments.runs.checkpoints import Checkpoints
-from experiments.runs.saved_run import restore_params, restore_run
+from experiments.runs.saved_run import SavedRun
 from experiments.training.mesh import make_mesh
 from hnet import BOS, HNetLM, load_official_params, parameter_shapes
 from hnet.pretrained.hnet_release import to_official_params
@@ -35,7 +35,7 @@ def released(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def imported(released):
-    return restore_run(released.run)
+    return _opened(released.run)
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,16 @@ def _import(*arguments):
 
 def _export(run, out, *arguments):
     export_official.main([f"--workdir={run}", str(out), *arguments])
+
+
+def _opened(workdir):
+    with SavedRun.open(workdir) as saved:
+        return SimpleNamespace(config=saved.config, params=saved.params(), step=saved.step)
+
+
+def _params(workdir, abstract, step=None):
+    with SavedRun.open(workdir, step) as saved:
+        return saved.params(abstract)
 
 
 def _refusal(main, *arguments):
@@ -82,7 +92,7 @@ def test_generate_continues_a_prompt_with_an_imported_model(released, logits_of,
 def test_an_import_says_what_was_read_and_what_the_checkpoint_holds(released, tmp_path, capsys):
     _import(released.weights, released.config, tmp_path / "run")
     assert "132,940 parameters, m2[T2]m2, widths 32, 64\n" in capsys.readouterr().out
-    meta = Checkpoints(tmp_path / "run" / "checkpoints", keep=1).read_meta()
+    meta = Checkpoints(tmp_path / "run" / "checkpoints", keep=1).read_record().meta
     assert meta["contents"] == "parameters"
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["imported_from"] == str(released.weights)
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
@@ -92,7 +102,7 @@ def test_an_import_says_what_was_read_and_what_the_checkpoint_holds(released, tm
 def test_what_was_exported_is_imported_bit_for_bit(released, imported, tmp_path):
     _export(released.run, tmp_path / "model.npz")
     _import(tmp_path / "model.npz", tmp_path / "model.json", tmp_path / "run")
-    again = restore_run(tmp_path / "run")
+    again = _opened(tmp_path / "run")
     _assert_equal(again.params, imported.params)
     assert again.config == imported.config
 
@@ -121,30 +131,30 @@ def test_safetensors_hold_each_tensor_in_the_order_of_its_axes(imported, tmp_pat
 
 
 def test_weights_go_onto_the_shardings_asked_for(finished_run):
-    run = restore_run(finished_run)
+    run = _opened(finished_run)
     mesh = make_mesh(2)
     sharding = NamedSharding(mesh, PartitionSpec())
     split = NamedSharding(mesh, PartitionSpec(None, "model"))
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), run.params)
     abstract["lm_head"] = jax.ShapeDtypeStruct(run.params["lm_head"].shape, jnp.float32, sharding=split)
-    params = restore_params(finished_run, abstract)
+    params = _params(finished_run, abstract)
     _assert_equal(params, run.params)
     assert params["lm_head"].sharding == split and params["embedding"].sharding == sharding
-    earlier = restore_params(finished_run, abstract, step=10)
+    earlier = _params(finished_run, abstract, step=10)
     assert not np.array_equal(earlier["lm_head"], params["lm_head"])
 
 
 def test_weights_of_an_imported_run_are_restored_too(released, imported):
-    _assert_equal(restore_params(released.run, parameter_shapes(imported.config.model)), imported.params)
+    _assert_equal(_params(released.run, parameter_shapes(imported.config.model)), imported.params)
 
 
 def test_weights_of_another_model_are_refused_by_name(imported, finished_run):
     wanted = parameter_shapes(imported.config.model)
-    text = _refusal(restore_params, finished_run, wanted)
+    text = _refusal(_params, finished_run, wanted)
     assert f"the model of {finished_run} does not fit this one: embedding is float32[256, 16] there and " in text
     assert "float32[256, 32] here (and " in text and "change config.model" in text
-    assert "no run has saved a checkpoint there" in _refusal(restore_params, "/nowhere", wanted)
+    assert "no run has saved a checkpoint there" in _refusal(_params, "/nowhere", wanted)
 
 
 # Refusals

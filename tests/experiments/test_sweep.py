@@ -132,7 +132,7 @@ def test_ctrl_c_stops_the_runs_with_a_checkpoint_each(configs, tmp_path, compila
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     stdout, _ = finish(process, code=130)
-    assert "[1/1] isotropic seed 0: stopped\nstopped by SIGINT; the same command goes on from there\n" in stdout
+    assert "[1/1] isotropic seed 0: stopped\nstopped by SIGINT; the same command continues from there\n" in stdout
     assert "stopped by SIGTERM at step" in log.read_text()
     assert saved_steps(log.parent)
 
@@ -187,7 +187,7 @@ def test_report_only_draws_the_same_without_training(swept, configs, tmp_path, m
 @pytest.mark.parametrize(("change", "message"), [
     (["--seeds=0"], "--seeds=0 must be at least 1"),
     (["--jobs=0"], "--jobs=0 must be at least 1"),
-    (["--config.seed=3"], "--config.seed is what a sweep varies; say --seeds=N"),
+    (["--config.seed=3"], "--config.seed is what a sweep varies; use --seeds=N"),
     (["--configs=quickstart,quickstrat"], "did you mean 'quickstart'?"),
     (["--configs=quickstart,configs/quickstart.py"], "two configs have one name"),
     (["--configs=quickstart", "--config.num_stepz=1"], "config has no field 'num_stepz'"),

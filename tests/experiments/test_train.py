@@ -13,7 +13,7 @@ import pytest
 
 from experiments import evaluate, train
 from experiments.errors import RunError
-from experiments.runs.saved_run import restore_run
+from experiments.runs.saved_run import SavedRun
 from experiments.training import step as train_step
 from experiments.training.mesh import batch_sharding, make_mesh, use_mesh
 from experiments.training.step import TrainState, compile_program
@@ -80,7 +80,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(finished_run, train_in_a_pro
     """Step 8 evaluates, so the signal comes between the decisions about step 8 and those about step 9."""
     workdir = tmp_path / "run"
     stdout, _ = train_in_a_process(signal.SIGTERM, after_step=8, code=train.SIGTERM_EXIT)
-    assert "stopped by SIGTERM at step 9; the same command goes on from there\n" in stdout
+    assert "stopped by SIGTERM at step 9; the same command continues from there\n" in stdout
     assert saved_steps(workdir) == [5, 9]
 
     stdout, _ = train_in_a_process()
@@ -244,7 +244,8 @@ def test_a_step_that_breaks_the_parameters_stops_the_run_and_is_never_saved(conf
         train.main([*arguments, "--config.num_steps=8", "--config.checkpoint_every=1",
                     "--config.optimizer.peak_lr=1e39"])
     assert saved_steps(tmp_path) == [2, 4]
-    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(restore_run(tmp_path).params))
+    with SavedRun.open(tmp_path) as saved:
+        assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(saved.params()))
     assert results(tmp_path)[-1]["step"] == 4
 
 

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from experiments.config import RunConfig
 from experiments.config.files import load_config
 from experiments.data import BatchSource, WindowSource
-from experiments.runs.saved_run import open_corpus
+from experiments.training.batches import open_corpus
 from experiments.training.mesh import batch_sharding, put_batch, use_mesh
 from experiments.training.step import TrainState, compile_program
 from tests.support.assertions import OTHER_DEVICES

@@ -71,8 +71,8 @@ def test_state_and_meta_come_back_as_they_were(directory):
 def test_a_named_step_comes_back_and_a_missing_one_is_refused(directory):
     checkpoints = Checkpoints(directory, keep=3)
     assert same(checkpoints.restore_step(1, abstract(make_state())).state, make_state(1))
-    assert checkpoints.read_meta(1) == {"data": {"step": 1}}
-    assert checkpoints.read_meta() == {"data": {"step": 2}}
+    assert checkpoints.read_record(1).meta == {"data": {"step": 1}}
+    assert checkpoints.read_record().meta == {"data": {"step": 2}}
     with pytest.raises(UsageError, match=r"no checkpoint 3 .*; steps there: 1, 2"):
         checkpoints.restore_step(3, abstract(make_state()))
 
@@ -82,7 +82,7 @@ def test_without_checkpoints_there_is_nothing_to_restore_and_nothing_is_made(tmp
     assert checkpoints.restore_latest(abstract(make_state())) is None
     assert checkpoints.latest_step() is None
     with pytest.raises(UsageError, match=r"no checkpoint in .*none"):
-        checkpoints.read_meta()
+        checkpoints.read_record()
     assert not (tmp_path / "none").exists()
 
 
@@ -204,7 +204,7 @@ def test_a_state_that_does_not_fit_the_config_is_refused_at_once(directory, want
 def test_a_kill_during_a_save_leaves_the_step_before_it(tmp_path):
     """The child kills itself while the writing thread has 32 MB to go."""
     script = """
-        import os, signal, sys
+        import glob, os, signal, sys
         import jax, jax.numpy as jnp
         from experiments.runs.checkpoints import Checkpoints
         checkpoints = Checkpoints(sys.argv[1], keep=3)
@@ -212,6 +212,8 @@ def test_a_kill_during_a_save_leaves_the_step_before_it(tmp_path):
         checkpoints.wait()
         noise = {"w": jax.random.normal(jax.random.key(0), (8_000_000,))}
         checkpoints.save(2, noise, {"data_step": 2})
+        while not glob.glob(sys.argv[1] + "/2*"):  # a thread begins to write, some time
+            pass
         os.kill(os.getpid(), signal.SIGKILL)
     """
     assert run_python(script, tmp_path) == -signal.SIGKILL
@@ -250,6 +252,18 @@ def test_a_state_saved_on_one_mesh_is_restored_onto_another(tmp_path):
             assert len(restored.devices()) == (len(sharding.device_set) if sharding else 1)
     """
     assert run_python(script, tmp_path, XLA_FLAGS="--xla_force_host_platform_device_count=4") == 0
+
+
+def test_a_part_is_restored_alone(directory):
+    checkpoints, wanted = Checkpoints(directory, keep=3), abstract(make_state()).params
+    assert checkpoints.read_record().arrays["params/kernel"] == "float32[300, 7]"
+    read = checkpoints.restore_latest(wanted, part="params"), checkpoints.restore_step(2, wanted, part="params")
+    for part in read:
+        assert part.step == 2 and part.meta == {"data": {"step": 2}}
+        assert array_checksums(part.state) == array_checksums(make_state(2).params)
+    assert same(checkpoints.restore_latest(abstract(make_state())).state, make_state(2))  # and then the whole
+    with pytest.raises(UsageError, match=r"params/kernel is float32\[300, 7\] there and float32\[300, 8\] here"):
+        checkpoints.restore_latest(abstract(make_state(width=8)).params, part="params")
 
 
 def test_saves_on_a_mesh_follow_one_another_without_a_deadlock(tmp_path):

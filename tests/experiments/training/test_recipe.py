@@ -14,8 +14,7 @@ from experiments.config.files import saved_fields
 from experiments.data import BOS
 from experiments.errors import RunError, UsageError
 from experiments.runs.checkpoints import Checkpoints
-from experiments.runs.saved_run import restore_run
-from experiments.runs.start import start_or_resume
+from experiments.runs.saved_run import SavedRun, start_or_resume
 from experiments.training import losses
 from experiments.training import step as train_step
 from experiments.training.losses import loss_fn, tokens_per_chunk
@@ -182,7 +181,8 @@ def test_evaluate_counts_only_what_follows_the_marker(finished_run, capsys):
     """Against numpy, document by document: the bytes before the marker are read and not predicted."""
     evaluate.main([f"--workdir={finished_run}", "--config.data.loss_after=import", "--config.eval_bytes=100_000"])
     head, bits, *_ = capsys.readouterr().out.splitlines()
-    run = restore_run(finished_run)
+    with SavedRun.open(finished_run) as run:
+        params = run.params()
     split, size = run.corpus().split("held_out"), run.config.data.sequence_length
     order = np.random.RandomState(0).permutation(len(split.lengths))
     documents = [split.read(document, 0, int(split.lengths[document])).tobytes() for document in order]
@@ -194,7 +194,7 @@ def test_evaluate_counts_only_what_follows_the_marker(finished_run, capsys):
     padded = [np.pad(each, (0, num_rows * size + 1 - len(tokens))) for each in (tokens, ids, is_target)]
     inputs, segments = (each[:-1].reshape(num_rows, size) for each in padded[:2])
     model = HNetLM(run.config.model.at_full_capacity())
-    logits = jax.jit(model.apply)({"params": run.params}, inputs, segments).logits
+    logits = jax.jit(model.apply)({"params": params}, inputs, segments).logits
     odds = np.exp(np.asarray(logits, np.float64)).reshape(-1, 256)
     probability = np.take_along_axis(odds, padded[0][1:, None], axis=-1)[:, 0] / odds.sum(axis=-1)
     assert head == f"step 20, {is_target.sum():,} held-out bytes"
@@ -226,7 +226,8 @@ def test_a_new_run_starts_from_the_weights_of_another_and_from_nothing_else(
 ):
     config = config_of(tiny, f"init_from={finished_run}", "optimizer.ema_decay=0.9", "seed=5")
     state, seconds = _fresh(config, one_device, tmp_path)
-    _assert_equal(state.params, restore_run(finished_run).params)
+    with SavedRun.open(finished_run) as saved:
+        _assert_equal(state.params, saved.params())
     _assert_equal(state.ema, state.params)
     assert int(state.step) == seconds == 0
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.opt_state))
