@@ -14,7 +14,8 @@ from tests.support.inputs import Draw
 from tests.support.models import make_stack
 
 B, T, D = 2, 6, 8
-SIZES = dict(width=D, num_heads=4, num_key_heads=2, rotary_width=2, feed_forward_width=8, state_size=4, head_width=8)
+SIZES = dict(
+    width=D, num_heads=4, num_key_heads=2, rotary_width=2, feed_forward_width=8, state_size=4, head_width=8)
 CONFIG = make_stack(**SIZES)
 ONES = jnp.ones((B, T), jnp.int32)
 
