@@ -15,7 +15,7 @@ from tests.support.models import compiled, random_params
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ShiftConfig:
-    """How far to look back."""
+    """Distance in tokens that the mixer looks back."""
 
     distance: int = 1
 

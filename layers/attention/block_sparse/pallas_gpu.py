@@ -338,7 +338,7 @@ def _dkv_kernel(
 
 
 def _sharing(settings: AttentionSettings, width: int) -> str:
-    """What the consumers of dk and dv share out among them, so that each has registers for its sums.
+    """Chooses how consumers divide the work on dk and dv, so that each has registers for its sums.
 
     Keys, 64 each, if there are so many; else queries, whose two parts of a gradient are added later. Of wide heads
     one consumer has room for dk, the other for dv: some products are then computed twice.
