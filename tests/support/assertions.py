@@ -24,6 +24,8 @@ GOLDEN_PROBABILITY_ERROR = 2e-5
 GOLDEN_LOSS_ERROR = 2e-5
 SAME_COMPUTATION = 2e-5  # absolute, on logits of order 1 computed in another order (packed, padded, permuted)
 OTHER_DEVICES = 2e-6  # relative: losses of 20 steps of training on one device and on eight
+FROZEN_FIRST_LOSS = 1e-6  # relative: the first loss of a run that an earlier version made; 2e-7 where it was made
+FROZEN_LOSS = 1e-5  # relative: the losses of the next 50 steps, in which rounding adds up
 ANOTHER_SUM_ORDER = 1e-5  # relative to the largest value: gradients of a batch and of its parts
 
 GOLDEN = Path(__file__).parents[1] / "golden"

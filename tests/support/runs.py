@@ -121,12 +121,18 @@ def batches_of(config: RunConfig) -> BatchSource:
     return BatchSource(windows, data.batch_size, seed=config.seed)
 
 
-def train_here(config: RunConfig, mesh: Mesh) -> tuple[TrainState, list[dict[str, float]]]:
-    """Trains in this process; returns the last state and the metrics of every step."""
+def train_here(
+    config: RunConfig, mesh: Mesh, *, num_steps: int | None = None
+) -> tuple[TrainState, list[dict[str, float]]]:
+    """Trains in this process; returns the last state and the metrics of every step.
+
+    Args:
+      num_steps: steps to take of those of the config; None = all.
+    """
     program, batches, metrics = compile_program(config, mesh), batches_of(config), []
     with use_mesh(mesh):
         state = program.init(jax.random.key(config.seed))
-        for step in range(config.num_steps):
+        for step in range(config.num_steps if num_steps is None else num_steps):
             state, values = program.step(state, put_batch(batches[step], batch_sharding(mesh)))
             metrics.append({"step": step + 1} | {name: float(value) for name, value in values.items()})
     return state, metrics
