@@ -31,7 +31,7 @@ OVERFLOW_POLICIES = {
     "grow": "there are as many slots as the first of capacity and grow_to that fits every row: always exact",
     "merge": "they are demoted: their tokens join the chunk before, in training and decoding alike",
 }
-Downsampler = Literal["first", "mean", "max"]
+Downsampler = Literal["first", "mean", "mean_sqrt_length", "max", "last", "attention"]
 Dtype = Literal["float32", "bfloat16"]
 
 
@@ -43,7 +43,9 @@ class ChunkingConfig:
       router: where chunks begin: see ROUTERS.
       router_stride: tokens per chunk of the router "stride".
       entropy_threshold: nats that begin a chunk of the router "entropy".
-      downsampler: the vector that represents a chunk: its first, or mean or max of the chunk before.
+      downsampler: the vector that represents a chunk: its first, or a summary of the chunk before.
+      length_embedding: distinguished lengths of the chunk before, each with a vector that is added to the one of a
+        chunk: 0, 1, 2, ... tokens, where 0 is for the first of a segment and longer ones share the last; 0 = none.
       upsampler: reads of the chunks, per token: see UPSAMPLERS.
       capacity: chunk slots per token of this stage; 1 = full, which is always exact.
       overflow: treatment of boundaries past the capacity: see OVERFLOW_POLICIES.
@@ -55,6 +57,7 @@ class ChunkingConfig:
     router_stride: int = 4
     entropy_threshold: float = 1.3
     downsampler: Downsampler = "first"
+    length_embedding: int = 0
     upsampler: str = "smooth"
     capacity: float = 1.0
     overflow: str = "merge"
@@ -68,6 +71,8 @@ class ChunkingConfig:
                 raise ValueError(f"{field} {getattr(self, field)!r} is not one of {', '.join(choices)}")
         if self.router_stride < 2:
             raise ValueError(f"router_stride {self.router_stride} must be at least 2 tokens per chunk")
+        if self.length_embedding < 0 or self.length_embedding == 1:
+            raise ValueError(f"length_embedding {self.length_embedding} must be 0 (none) or at least 2 lengths")
         if not 0 < self.capacity <= 1:
             raise ValueError(f"capacity {self.capacity} is a fraction of the stage's tokens, above 0 and up to 1")
         if self.grows:

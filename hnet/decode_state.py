@@ -8,7 +8,7 @@ from flax import struct
 from hnet.config import HNetConfig, num_slots
 from hnet.routers import make_router
 from hnet.stack_state import StackState, apply_updates, empty_state, empty_updates
-from layers import PoolState
+from layers import PoolState, count_in_segment, last_segment
 
 
 @struct.dataclass
@@ -22,9 +22,16 @@ class StageState:
     token_value: jax.Array | None = None         # [b, d] float32: the average over tokens, for "smooth_tokens"
     last_segment: jax.Array | None = None        # [b] int32: the segment each row is in; 0 before the first token
     num_chunks: jax.Array | None = None          # [b] int32: chunks begun so far in that segment
+    chunk_length: jax.Array | None = None        # [b] int32: tokens of the chunk each row is in, if embedded
     decoder: StackState | None = None
     inner: "StageState | None" = None
     max_chunks: int = struct.field(pytree_node=False, default=0)  # that a segment may begin in all
+
+    def next(self, segment_ids: jax.Array, starts_chunk: jax.Array, **fields: Any) -> "StageState":
+        """Returns the state after tokens [b, t]: `fields` are replaced, and chunks and segments counted on."""
+        _, num_chunks = count_in_segment(starts_chunk, segment_ids, self.num_chunks, self.last_segment)
+        return self.replace(
+            num_chunks=num_chunks, last_segment=last_segment(segment_ids, self.last_segment), **fields)
 
 
 @struct.dataclass
@@ -77,6 +84,7 @@ def init_decode_state(config: HNetConfig, batch: int, max_length: int) -> Decode
             token_value=value if chunking.upsampler == "smooth_tokens" else None,
             num_chunks=jnp.zeros(batch, jnp.int32),
             last_segment=jnp.zeros(batch, jnp.int32),
+            chunk_length=jnp.zeros(batch, jnp.int32) if chunking.length_embedding else None,
             decoder=empty_state(stage.decoder, stage.stack, batch, length, dtype),
             inner=of_stage(index + 1, num_chunks, inner_slots),
             max_chunks=num_chunks,

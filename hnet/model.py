@@ -9,16 +9,17 @@ import jax.numpy as jnp
 
 from hnet.config import HNetConfig, StageConfig
 from hnet.decode_state import BoundaryState, DecodeState, StageState, advance
-from hnet.inner_stage import constrain, through_chunks
+from hnet.inner_stage import InnerOutput, RoutedTokens, constrain, make_chunks, run_inner_stage, run_main_network
 from hnet.layout import residual_depth
 from hnet.routers import entropy_boundaries, make_router
 from hnet.stack import Stack
 from hnet.stage_output import StageOutput
 from layers import (
+    PoolingScores,
     RouterHints,
     carried_segment,
     count_in_segment,
-    last_segment,
+    dechunk,
     segment_starts,
     smooth,
     straight_through,
@@ -27,9 +28,17 @@ from layers.array_types import Array, Float, Int, Integer, typed
 
 
 class HNetOutput(NamedTuple):
-    logits: jax.Array                # [b, t, vocab] float32
-    stages: dict[str, StageOutput]   # "stage0", ...: the stages that chunk, outermost first
-    state: DecodeState | None        # after these tokens, if there was one to go on from
+    """Predictions of a model, and the choices of its routers.
+
+    Attributes:
+      logits: [b, t, vocab] float32.
+      stages: "stage0", ...: the stages that chunk, outermost first.
+      state: after these tokens, if there was one to continue from.
+    """
+
+    logits: jax.Array
+    stages: dict[str, StageOutput]
+    state: DecodeState | None
 
 
 class HNetLM(nn.Module):
@@ -99,7 +108,7 @@ class HNetLM(nn.Module):
     def _find_boundaries(
         self, tokens: jax.Array, segment_ids: jax.Array, state: DecodeState | None
     ) -> tuple[jax.Array, BoundaryState | None]:
-        """Boundary levels for the router "entropy", from a language model that is not trained along."""
+        """Finds boundary levels for the router "entropy", by a language model that is not trained along."""
         before = None if state is None else state.boundary
         output = HNetLM(self.config.boundary_lm, name="boundary_lm")(
             tokens, segment_ids, None if before is None else before.lm)
@@ -128,59 +137,83 @@ class HNet(nn.Module):
         hints: RouterHints,
         state: StageState | None = None,
     ) -> tuple[Float[Array, "b t d"], dict[str, StageOutput], StageState | None]:
-        """Returns vectors of the width that came in, what the routers from here inwards did, and the state.
+        """Encodes, routes, chunks, runs the main network on the chunks, dechunks and decodes (figure 1).
 
-        In the state that is returned, updates of layers stand for their states: see `advance`.
+        Returns vectors of the width that came in, the choices of the routers from here inwards, and the state. In
+        the state that is returned, updates of layers stand for their states: see `advance`.
         """
-        config, stage = self.config, self.config.stages[self.index]
-        outer_width, width = x.shape[-1], stage.stack.width
-        if outer_width < width:
-            init = nn.with_logical_partitioning(nn.initializers.zeros, ("norm",))
-            extra = self.param("pad_dimension", init, (width - outer_width,))
-            extra = jnp.broadcast_to(extra.astype(x.dtype), (*x.shape[:-1], extra.shape[0]))
-            x = jnp.concatenate([x, extra], axis=-1)
+        stage, before = self._stage, StageState(None) if state is None else state
+        h, encoder, _ = self._stack(stage.encoder, "encoder")(self._widen(x), segment_ids, before.encoder)
+        if not stage.decoder:  # the innermost stage, whose encoder is the main network
+            return h[..., : x.shape[-1]], {}, None if state is None else state.replace(encoder=encoder)
+        p, router = make_router(stage.chunking, "router")(h, segment_ids, hints, before.router)
+        length_embedding = self._length_embedding()
 
-        before = StageState(None) if state is None else state
-        h, encoder_state, _ = self._stack(stage.encoder, "encoder")(x, segment_ids, before.encoder)
-        if not stage.decoder:
-            return h[..., :outer_width], {}, None if state is None else state.replace(encoder=encoder_state)
-        residual = self._residual_proj(width)(h)
+        def inside(inner: HNet, tokens: RoutedTokens, num_slots: int) -> InnerOutput:
+            chunks = make_chunks(stage.chunking, tokens, num_slots, before, length_embedding)
+            z, stages, inner_state = run_main_network(inner, chunks, before.inner)
+            values, value = dechunk(
+                z, tokens.boundary_prob, chunks.partition, smoothing=stage.chunking.upsampler == "smooth",
+                initial_value=before.chunk_value, round_to_bfloat16=self.config.bfloat16_dechunk)
+            return InnerOutput(values, chunks.partition.starts_chunk, jnp.int32(num_slots), stages,
+                               dict(chunks.carried, chunk_value=value, inner=inner_state))
 
-        boundary_prob, router_state = make_router(stage.chunking, "router")(h, segment_ids, hints, before.router)
-        # Strictly greater: an all-zero sequence has p = 0.5 everywhere and would split at every byte.
-        boundary_mask = boundary_prob > 0.5
-        inner = HNet(config, self.index + 1, name=f"stage{self.index + 1}")
-        chunked = through_chunks(inner, config, h, boundary_prob, segment_ids, hints.boundary_levels, state)
-        values, token_value = chunked.values, None
-        if stage.chunking.upsampler == "smooth_tokens":
-            values, token_value = _smooth_tokens(
-                values, boundary_prob, segment_ids, before.token_value, before.last_segment)
+        inner = HNet(self.config, self.index + 1, name=f"stage{self.index + 1}")
+        tokens = RoutedTokens(h, segment_ids, p, hints.boundary_levels, self._pooling_scores(h))
+        output = run_inner_stage(inside, inner, tokens, stage.chunking, state)
+        choices = StageOutput.of_chunks(p, segment_ids, output.starts_chunk, output.num_slots)
+        y, token_value = self._join(tokens, output, choices, before)
+        y, decoder, _ = self._stack(stage.decoder, "decoder")(y, segment_ids, before.decoder)
+        stages = {f"stage{self.index}": choices, **output.stages}
+        return y[..., : x.shape[-1]], stages, None if state is None else state.next(
+            segment_ids, output.starts_chunk, encoder=encoder, router=router, decoder=decoder,
+            token_value=token_value, **output.carried)
 
-        # How sure the router was of what it did; a boundary past the capacity was not made.
-        confidence = jnp.where(chunked.starts_chunk, boundary_prob, 1 - boundary_prob)
-        y = values * straight_through(confidence)[..., None] + residual
-        num_overflow = jnp.sum(boundary_mask & ~chunked.starts_chunk, axis=1, dtype=jnp.int32)
-        if stage.chunking.overflow == "error":
-            y = jnp.where((num_overflow > 0)[:, None, None], jnp.nan, y)
-        y, decoder_state, _ = self._stack(stage.decoder, "decoder")(
-            constrain(y.astype(config.compute_dtype)), segment_ids, before.decoder)
-        output = StageOutput(boundary_prob, boundary_mask, segment_ids != 0, num_overflow, chunked.capacity)
-        if state is not None:
-            _, num_chunks = count_in_segment(
-                chunked.starts_chunk, segment_ids, state.num_chunks, state.last_segment)
-            state = state.replace(
-                encoder=encoder_state, router=router_state, pool=chunked.pool, chunk_value=chunked.chunk_value,
-                token_value=token_value, num_chunks=num_chunks,
-                last_segment=last_segment(segment_ids, state.last_segment),
-                decoder=decoder_state, inner=chunked.inner)
-        return y[..., :outer_width], {f"stage{self.index}": output, **chunked.stages}, state
+    @property
+    def _stage(self) -> StageConfig:
+        return self.config.stages[self.index]
 
     def _stack(self, layout: str, name: str) -> Stack:
         std = 0.02 / math.sqrt(stage_depth(self.config.stages[: self.index + 1]))
-        return Stack(layout, self.config.stages[self.index].stack, std, self.config.compute_dtype, name=name)
+        return Stack(layout, self._stage.stack, std, self.config.compute_dtype, name=name)
 
-    def _residual_proj(self, width: int) -> nn.Dense:
-        """The skip path around the inner stages, in float32: closed at the start, but for its bias."""
+    def _widen(self, x: jax.Array) -> jax.Array:
+        """Appends learned features, the same for all tokens, up to the width of this stage."""
+        num_extra = self._stage.stack.width - x.shape[-1]
+        if not num_extra:
+            return x
+        init = nn.with_logical_partitioning(nn.initializers.zeros, ("norm",))
+        extra = self.param("pad_dimension", init, (num_extra,)).astype(x.dtype)
+        return jnp.concatenate([x, jnp.broadcast_to(extra, (*x.shape[:-1], num_extra))], axis=-1)
+
+    def _pooling_scores(self, h: jax.Array) -> jax.Array | None:
+        return PoolingScores(name="pooling")(h) if self._stage.chunking.downsampler == "attention" else None
+
+    def _length_embedding(self) -> jax.Array | None:
+        """Returns a vector for each length of a chunk, 0 at first; None where the stage has none."""
+        num_lengths = self._stage.chunking.length_embedding
+        if not num_lengths:
+            return None
+        init = nn.with_logical_partitioning(nn.initializers.zeros, (None, "embed"))
+        return self.param("length_embedding", init, (num_lengths, self._stage.stack.width))
+
+    def _join(
+        self, tokens: RoutedTokens, inner: InnerOutput, choices: StageOutput, before: StageState
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """Adds the chunks' values, times the router's confidence, to a projection of the tokens."""
+        values, token_value = inner.values, None
+        if self._stage.chunking.upsampler == "smooth_tokens":
+            values, token_value = _smooth_tokens(values, tokens.boundary_prob, tokens.segment_ids, before)
+        # The router's confidence in what it did; a boundary past the last slot was not made.
+        confidence = jnp.where(inner.starts_chunk, tokens.boundary_prob, 1 - tokens.boundary_prob)
+        y = values * straight_through(confidence)[..., None] + self._residual_proj()(tokens.h)
+        if self._stage.chunking.overflow == "error":
+            y = jnp.where((choices.num_overflow > 0)[:, None, None], jnp.nan, y)
+        return constrain(y.astype(self.config.compute_dtype)), token_value
+
+    def _residual_proj(self) -> nn.Dense:
+        """Makes the skip path around the inner stages, in float32: closed at the start, but for its bias."""
+        width = self._stage.stack.width
         bound = width**-0.5
 
         def uniform(key, shape, dtype=jnp.float32):
@@ -194,12 +227,12 @@ class HNet(nn.Module):
 
 
 def _smooth_tokens(
-    values: jax.Array, boundary_prob: jax.Array, segment_ids: jax.Array, initial_value: jax.Array | None,
-    last_id: jax.Array | None,
+    values: jax.Array, boundary_prob: jax.Array, segment_ids: jax.Array, before: StageState
 ) -> tuple[jax.Array, jax.Array]:
     """Averages over tokens instead of chunks: s_t = p_t v_t + (1 - p_t) s_{t-1} (after arXiv 2601.22805)."""
-    restarts = segment_starts(segment_ids, None if last_id is None else carried_segment(segment_ids, last_id))
-    smoothed = smooth(values, boundary_prob, restarts, is_real=segment_ids != 0, initial_value=initial_value)
+    carried = None if before.last_segment is None else carried_segment(segment_ids, before.last_segment)
+    smoothed = smooth(values, boundary_prob, segment_starts(segment_ids, carried), is_real=segment_ids != 0,
+                      initial_value=before.token_value)
     return smoothed, smoothed[:, -1]  # padding leaves the average as it is
 
 

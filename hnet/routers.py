@@ -4,30 +4,40 @@ import jax
 import jax.numpy as jnp
 
 from hnet.config import ChunkingConfig
-from layers import CosineRouter, GivenRouter, SpaceRouter, StrideRouter, segment_starts
+from layers import CosineRouter, GivenRouter, SpaceRouter, StrideRouter, last_real, segment_starts
+
+
+class EntropyRouter(GivenRouter):
+    """A router that cuts at bytes that a language model found hard to foresee (BLT, arXiv 2412.09871).
+
+    That model, `HNetConfig.boundary_lm`, reads the bytes before any stage does: `HNetLM` runs it, turns its logits
+    into boundary levels by `entropy_boundaries`, and hands those over as hints. Here they are only read.
+    """
+
 
 _MAKE = {
     "learned": lambda chunking, name: CosineRouter(name=name),
     "stride": lambda chunking, name: StrideRouter(chunking.router_stride, name=name),
     "space": lambda chunking, name: SpaceRouter(name=name),
-    "entropy": lambda chunking, name: GivenRouter(name=name),  # `HNetLM` finds the boundaries by boundary_lm
+    "entropy": lambda chunking, name: EntropyRouter(name=name),
     "given": lambda chunking, name: GivenRouter(name=name),
 }
 
 
 def make_router(chunking: ChunkingConfig, name: str | None = None) -> nn.Module:
+    """Makes the router that `chunking` names."""
     return _MAKE[chunking.router](chunking, name)
 
 
 def entropy_boundaries(
     logits: jax.Array, segment_ids: jax.Array, threshold: float, last_entropy: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Chunks begin at bytes that a language model found hard to foresee (BLT, arXiv 2412.09871, section 2.3).
+    """Starts chunks at bytes that a language model found hard to foresee (BLT, arXiv 2412.09871, section 2.3).
 
     Args:
       logits: [b, t, vocab], of the byte after each; no gradient passes.
       threshold: nats; a byte starts a chunk if the entropy of its prediction is above.
-      last_entropy: [b], of the prediction of the first real byte of each row, where rows go on; else None.
+      last_entropy: [b], of the prediction of the first real byte of each row, from the call before; else None.
     Returns:
       Boundary levels [b, t] int32, 1 or 0; and the entropy [b] of the byte after the last real one.
     """
@@ -38,7 +48,5 @@ def entropy_boundaries(
     last = entropy[:, -1]
     if last_entropy is not None:
         before = jnp.where(segment_starts(segment_ids), last_entropy[:, None], before)
-        index = jnp.max(jnp.where(is_real, jnp.arange(entropy.shape[1]), 0), axis=1)
-        read = jnp.take_along_axis(entropy, index[:, None], axis=1)[:, 0]
-        last = jnp.where(jnp.any(is_real, axis=1), read, last_entropy)
+        last = jnp.where(jnp.any(is_real, axis=1), last_real(entropy, segment_ids), last_entropy)
     return ((before > threshold) & is_real).astype(jnp.int32), last

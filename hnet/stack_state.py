@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hnet.layout import mixer_of, parse_layout
-from hnet.mixers import make_mixer
+from hnet.layout import MIXERS, mixer_of, parse_layout
 from hnet.stack_config import StackConfig
 from layers import Mixer
 
@@ -89,4 +88,5 @@ def _for_runs(
 
 def _mixer(layer: str, config: StackConfig, dtype: jnp.dtype) -> Mixer:
     """Makes the mixer of a layer, to call its methods that need no parameters."""
-    return make_mixer(mixer_of(layer), config, 0.0, dtype, "mixer")
+    # Without a parent: inside a model that is being applied it would become a part of that.
+    return MIXERS[mixer_of(layer)].make(config, out_init_std=0.0, dtype=dtype, name="mixer", parent=None)

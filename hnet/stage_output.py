@@ -27,6 +27,16 @@ class StageOutput:
     num_slots: jax.Array
 
     @classmethod
+    def of_chunks(
+        cls, boundary_prob: jax.Array, segment_ids: jax.Array, starts_chunk: jax.Array, num_slots: jax.Array
+    ) -> "StageOutput":
+        """Returns the choices of a stage that gave the tokens in `starts_chunk` [b, t] a slot."""
+        # Strictly greater: an all-zero sequence has p = 0.5 everywhere and would split at every byte.
+        boundary_mask = boundary_prob > 0.5
+        num_overflow = jnp.sum(boundary_mask & ~starts_chunk, axis=1, dtype=jnp.int32)
+        return cls(boundary_prob, boundary_mask, segment_ids != 0, num_overflow, num_slots)
+
+    @classmethod
     def of_padding(cls, batch: int) -> "StageOutput":
         """Returns the choices of a stage that has read one padding token per row: none."""
         no, none = jnp.zeros((batch, 1), bool), jnp.zeros(batch, jnp.int32)

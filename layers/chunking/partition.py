@@ -18,7 +18,14 @@ import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Bool, Float, Int, Scalar, typed
-from layers.arrays.segments import carried_segment, last_real, segment_ordinals, segment_positions, segment_starts
+from layers.arrays.segments import (
+    carried_segment,
+    count_in_segment,
+    last_real,
+    segment_ordinals,
+    segment_positions,
+    segment_starts,
+)
 
 
 @partial(
@@ -71,20 +78,20 @@ class Partition:
 
         Args:
           last_segment: the segment that each row was in after earlier calls; None: rows begin here.
-          num_before: chunks that each row began in earlier calls.
-          max_chunks: chunks that a row may begin in all, those before included; None = no limit.
+          num_before: chunks that earlier calls began in that segment.
+          max_chunks: chunks that a segment may begin in all, those before included; None = no limit.
         Raises:
           ValueError: num_slots is not in 1 .. t.
         """
         num_rows, length = boundary_mask.shape
         if not 1 <= num_slots <= length:
             raise ValueError(f"num_slots {num_slots} must be between 1 and the {length} tokens of a row")
-        boundary_mask = boundary_mask & (segment_ids != 0)
-        rank = jnp.cumsum(boundary_mask, axis=1, dtype=jnp.int32) - 1
-        num_left = jnp.full((num_rows, 1), num_slots, jnp.int32)
-        if num_before is not None and max_chunks is not None:
-            num_left = jnp.minimum(num_left, max_chunks - num_before[:, None])
-        starts_chunk = boundary_mask & (rank < num_left)
+        may_start = boundary_mask = boundary_mask & (segment_ids != 0)
+        if max_chunks is not None and num_before is not None and last_segment is not None:
+            count, _ = count_in_segment(boundary_mask, segment_ids, num_before, last_segment)
+            may_start = boundary_mask & (count <= max_chunks)
+        rank = jnp.cumsum(may_start, axis=1, dtype=jnp.int32) - 1
+        starts_chunk = may_start & (rank < num_slots)
 
         row = jnp.arange(num_rows)[:, None]
         target = jnp.where(starts_chunk, rank, num_slots)  # one past the end is dropped
@@ -92,7 +99,7 @@ class Partition:
         first_token = jnp.full((num_rows, num_slots), length, jnp.int32).at[row, target].set(index, mode="drop")
         chunk_ids = jnp.take_along_axis(segment_ids, first_token, axis=1, mode="fill", fill_value=0)
 
-        last = jnp.minimum(rank, num_left - 1)
+        last = jnp.minimum(rank, num_slots - 1)
         own_id = jnp.take_along_axis(chunk_ids, jnp.maximum(last, 0), axis=1)
         may_read = (own_id == segment_ids) & (segment_ids != 0) & (last >= 0)
         return cls(

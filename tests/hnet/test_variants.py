@@ -36,6 +36,10 @@ CONFIGS = {
     "aunet-like": _mixed(dict(router="space", upsampler="none"), dict(router="stride", router_stride=2)),
     "pooled and smoothed over tokens": _mixed(
         dict(downsampler="max", upsampler="smooth_tokens"), dict(downsampler="mean", capacity=0.5)),
+    "pooled by attention, with lengths": _mixed(
+        dict(downsampler="attention", length_embedding=4), dict(downsampler="last", upsampler="none")),
+    "first vectors with lengths": _mixed(
+        dict(length_embedding=3), dict(downsampler="mean_sqrt_length", length_embedding=5, capacity=0.6)),
     "given": _mixed(*[dict(router="given", upsampler="none")] * 2),
     "blt-like": one_stage_config(
         HNetConfig(stages=one_stage_config().stages[1:], vocab_size=61),
@@ -89,6 +93,29 @@ def test_packed_segments_equal_separate_rows(variant):
     packed, apart = whole(tokens, ids).logits[0], whole(TOKENS, apart_ids).logits
     for row, (start, length) in enumerate(spans):
         np.testing.assert_allclose(packed[start : start + length], apart[row, :length], atol=SAME_COMPUTATION)
+
+
+def test_rows_of_several_segments_in_pieces_equal_the_whole(variant):
+    """Segments begin at the start of a piece and amid one, with padding between and without."""
+    config, params, levels, whole = variant
+    if any(stage.chunking.capacity < 1 for stage in config.stages):
+        pytest.skip("a row's slots are shared by its segments, those of a state belong to each")
+    ids = np.array([[0] * 2 + [3] * 7 + [5] * 5 + [6] * 10, [1] * 24, [4] * 11 + [0] + [2] * 12], np.int32)
+    expected = np.asarray(whole(TOKENS, ids).logits)
+    run, state = compiled_with_state(config), init_decode_state(config, 3, T)
+    for start, stop in ((0, 4), (4, 5), (5, 14), (14, T)):
+        piece = slice(start, stop)
+        output = run(params, TOKENS[:, piece], ids[:, piece], state, None if levels is None else levels[:, piece])
+        state, is_real = output.state, ids[:, piece] != 0
+        np.testing.assert_allclose(
+            np.asarray(output.logits)[is_real], expected[:, piece][is_real], atol=GOLDEN_LOGITS_ERROR)
+
+
+def test_options_that_a_model_lacks_have_no_parameters():
+    plain, optional = CONFIGS["aunet-like"], CONFIGS["pooled by attention, with lengths"]
+    names = [set(random_params(config)["stage0"]) for config in (plain, optional)]
+    assert names[1] - names[0] >= {"pooling", "length_embedding"}
+    assert not names[0] & {"pooling", "length_embedding"}
 
 
 def test_the_boundary_model_gets_no_gradient():

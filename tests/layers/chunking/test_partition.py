@@ -50,6 +50,14 @@ def test_a_row_that_goes_on_may_begin_only_the_chunks_it_has_left():
     assert partition.is_carried.tolist() == _mask("x.....", "xxxxxx", "x.....").tolist()
 
 
+def test_each_segment_of_a_row_has_its_own_limit():
+    ids = jnp.array([[5, 5, 5, 6, 6, 6]])
+    partition = Partition.from_boundaries(
+        _mask(".x.xxx"), ids, 6, last_segment=jnp.array([5]), num_before=jnp.array([2]), max_chunks=2)
+    assert _starts(partition) == [3, 4] and partition.num_overflow.tolist() == [2]
+    assert partition.slot.tolist() == [[6, 6, 6, 0, 1, 1]] and partition.place.tolist() == [[0, 0, 0, 1, 2, 2]]
+
+
 def test_only_the_first_segment_continues_and_only_if_it_is_the_one_the_row_was_in():
     ids = jnp.array([[0, 3, 3, 3, 4, 4]] * 2 + [[0] * 6])
     partition = Partition.from_boundaries(
