@@ -9,6 +9,8 @@ from layers.attention.attend import Implementation, attend
 from layers.attention.block_lists import BlockLists
 from layers.attention.mask import token_info
 from layers.attention.patterns import Segments
+from layers.chunking.partition import Partition
+from layers.chunking.summary import summarize
 
 
 @typed
@@ -52,9 +54,5 @@ def selected_blocks_attention(
 @typed
 def block_means(x: Float[Array, "b t n k"], segment_ids: Segments, block: int) -> Float[Array, "b j n k"]:
     """Averages the real tokens of each block, in float32; a block of padding gives 0."""
-    is_real = jnp.ones(x.shape[:2], bool) if segment_ids is None else segment_ids != 0
-    padding = -x.shape[1] % block
-    is_real = jnp.pad(is_real, ((0, 0), (0, padding))).reshape(x.shape[0], -1, block, 1, 1)
-    blocks = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, padding), (0, 0), (0, 0)))
-    blocks = blocks.reshape(x.shape[0], -1, block, *x.shape[2:])
-    return jnp.sum(jnp.where(is_real, blocks, 0), axis=2) / jnp.maximum(jnp.sum(is_real, axis=2), 1)
+    segment_ids = jnp.ones(x.shape[:2], jnp.int32) if segment_ids is None else segment_ids
+    return summarize(x, Partition.blocks(segment_ids, block), "mean")
