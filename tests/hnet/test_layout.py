@@ -10,6 +10,7 @@ from experiments.config.command_line import apply_overrides
 from experiments.config.files import config_from_json, config_to_json
 from experiments.errors import UsageError
 from hnet import HNetConfig, StackConfig, StageConfig, layout, register_mixer, residual_depth
+from layers.mixers.mixer import Mixer
 from tests.support.models import compiled, random_params
 
 
@@ -20,7 +21,7 @@ class ShiftConfig:
     distance: int = 1
 
 
-class Shift(nn.Module):
+class Shift(Mixer):
     """Adds up tokens at a distance; no state, so it does not decode."""
 
     distance: int
@@ -80,7 +81,7 @@ def test_where_it_is_not_registered_it_is_missed_by_name(shift):
     text = config_to_json(run_config(ShiftConfig(distance=3)))
     saved = layout._CONFIGS.pop("shift")
     try:
-        with pytest.raises(UsageError, match=r"mixers 'shift' is not one of none; the module that registers it"):
+        with pytest.raises(UsageError, match=r"mixers 'shift' is not one of .*; the module that registers it"):
             config_from_json(text, RunConfig)
     finally:
         layout._CONFIGS["shift"] = saved
@@ -102,7 +103,7 @@ def test_names_and_configs_that_do_not_fit_are_refused(shift, name, config, mess
 
 def test_a_stack_holds_one_config_of_each_mixer_and_no_others(shift):
     for mixers in ((3,), (ShiftConfig(), ShiftConfig())):
-        with pytest.raises(ValueError, match="holds configs of registered mixers, one of each: ShiftConfig"):
+        with pytest.raises(ValueError, match=r"registered mixers, one of each: .*ShiftConfig"):
             StackConfig(width=16, mixers=mixers)
 
 
