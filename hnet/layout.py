@@ -4,6 +4,7 @@
 for our own mixers in `hnet.mixers`, and from any other package for those that live there.
 """
 import dataclasses
+import inspect
 import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
@@ -19,7 +20,8 @@ class RegisteredMixer:
 
     Attributes:
       description: the mixer in a few words.
-      make: called with (stack, out_init_std=, dtype=, name=), where `stack` is a StackConfig; returns the module.
+      make: called with (stack, out_init_std=, dtype=, name=), where `stack` is a StackConfig, and with parent=None
+        for a module outside any other; returns the module, to which it hands on name and parent.
       config: the frozen dataclass of the mixer's own sizes, if it has any; its defaults must make a whole one.
       check: called with a StackConfig before any work; raises ValueError where its sizes do not fit the mixer.
     """
@@ -54,14 +56,19 @@ def register_mixer(
       name: lower-case letters; "name2" in a layout is two layers, "Name2" two that carry a feed-forward network.
       description, make, config, check: see `RegisteredMixer`.
     Raises:
-      ValueError: the name is no such word or has a mixer already, or `config` is no frozen dataclass, has a field
-        without a default, or belongs to another mixer.
+      ValueError: the name is no such word or has a mixer already, `make` takes other arguments, or `config` is no
+        frozen dataclass, has a field without a default, or belongs to another mixer.
     """
     if not _NAME.fullmatch(name):
         raise ValueError(f"mixer name {name!r} must be lower-case letters, such as 'landmark'")
     if name in _MIXERS:
         raise ValueError(f"mixer {name!r} is registered already ({_MIXERS[name].description}); choose another "
                          "name, and register in a module that is imported, and so runs, once")
+    try:
+        inspect.signature(make).bind(None, out_init_std=0.0, dtype=None, name=name, parent=None)
+    except TypeError as error:
+        raise ValueError(f"make of mixer {name!r} must take (stack, *, out_init_std, dtype, **module), and hand "
+                         f"`module`, which is name and parent, on to the module: {error}") from None
     if config is not None:
         _check_config(name, config)
         _CONFIGS[name] = config

@@ -33,17 +33,15 @@ def attend_reference(
 @typed
 def attend_dense(
     q: Float[Array, "b t h k"], k: Float[Array, "b s n k"], v: Float[Array, "b s n v"],
-    allowed: Bool[Array, "r p t s"], *, key_bias: KeyBias = None, scale: float | None = None,
+    allowed: Bool[Array, "r p t s"], *, key_bias: KeyBias = None, scale: float,
     cap: float | None = None, reads_lse: bool = False, implementation: str = "xla",
 ) -> Attended:
     """Runs attention over allowed pairs with matmuls in the input dtype and the softmax in float32.
 
     Args:
       allowed: p = 1 or n, of key heads.
-      scale: factor of q . k; None means 1 / sqrt(k).
       reads_lse: whether the lse will be read, so that it is worth having both results from one pass over the keys.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     lacks = lacking(implementation, key_bias is not None, cap is not None, q.shape[-1] != v.shape[-1])
     if lacks is not None:
         raise NotImplementedError(f'implementation="{implementation}": {lacks}')

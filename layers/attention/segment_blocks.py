@@ -5,6 +5,7 @@ it is read as if it stood alone. All scores of a few queries at a time are compu
 dense attention.
 """
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -82,7 +83,7 @@ def moba_in_segments(
         is_chosen = choose(scores, top_k=top_k - 1, is_forbidden=~is_earlier[:, None]).is_chosen
         is_chosen |= (is_same & (blocks.index[:, None] == own))[:, None]
         allowed = blocks.open_keys(is_chosen) & _is_past(position, segment, kv_tokens)
-        return attend_dense(q, k, v, allowed, reads_lse=True).o
+        return attend_dense(q, k, v, allowed, scale=q.shape[-1] ** -0.5, reads_lse=True).o
 
     return _by_queries(few, block, q, q_tokens.position[:, 0], q_tokens.segment[:, 0])
 
@@ -111,21 +112,23 @@ def native_sparse_in_segments(
         is_same, own = segment[:, :, None] == blocks.segment[:, None], (position // block)[:, :, None]
         index = blocks.index[:, None]
         has_passed = is_same & ((index + 1) * block <= position[:, :, None] + 1) & (blocks.count == block)[:, None]
-        of_summaries = attend_dense(q, summary_k, summary_v, has_passed[:, None], reads_lse=True)
+        scale = q.shape[-1] ** -0.5
+        dense = partial(attend_dense, q, scale=scale, reads_lse=True)
+        of_summaries = dense(summary_k, summary_v, has_passed[:, None])
 
         queries, keys = jax.lax.stop_gradient((queries, summary_k))
         scores = jnp.einsum("btngk,bjnk->bngtj", queries.astype(jnp.float32), keys.astype(jnp.float32))
         lse = jax.lax.stop_gradient(of_summaries.lse).reshape(*scores.shape[:-1], 1)
         visible = has_passed[:, None, None]
-        shares = jnp.where(visible, jnp.exp(jnp.where(visible, scores / q.shape[-1] ** 0.5 - lse, 0)), 0)
+        shares = jnp.where(visible, jnp.exp(jnp.where(visible, scale * scores - lse, 0)), 0)
         always = is_same & ((index == 0) | ((index <= own) & (index >= own - 1)))
         is_chosen = choose(
             jnp.sum(shares, axis=2), top_k=num_selected, is_forced=always[:, None],
             is_forbidden=~(is_same & (index <= own))[:, None]).is_chosen  # [b, n, t, j]
         is_past = _is_past(position, segment, kv_tokens)
-        of_selected = attend_dense(q, k, v, blocks.open_keys(is_chosen) & is_past, reads_lse=True)
+        of_selected = dense(k, v, blocks.open_keys(is_chosen) & is_past)
         is_near = (position[:, :, None] - kv_tokens.position <= window)[:, None]
-        of_window = attend_dense(q, k, v, is_past & is_near, reads_lse=True)
+        of_window = dense(k, v, is_past & is_near)
         branches = jnp.stack([of_summaries.o, of_selected.o, of_window.o], axis=-1)
         return jnp.einsum("bthvi,bthi->bthv", branches, gates.astype(branches.dtype))
 

@@ -3,6 +3,7 @@ import dataclasses
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments.config import RunConfig
@@ -11,7 +12,7 @@ from experiments.config.files import config_from_json, config_to_json
 from experiments.errors import UsageError
 from hnet import HNetConfig, StackConfig, StageConfig, layout, register_mixer, residual_depth
 from layers.mixers.mixer import Mixer
-from tests.support.models import compiled, random_params
+from tests.support.models import compiled, random_params, stepped_logits
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,8 +34,21 @@ class Shift(Mixer):
         return nn.Dense(x.shape[-1], dtype=self.dtype, name="out")(before), None
 
 
-def make(stack, *, out_init_std, dtype, name):
-    return Shift(stack.mixer_config(ShiftConfig).distance, dtype, name=name)
+class Total(Mixer):
+    """Adds up all tokens of a row so far; its state is the sum."""
+
+    @nn.compact
+    def __call__(self, x, segment_ids=None, state=None):
+        real = x if segment_ids is None else jnp.where((segment_ids != 0)[..., None], x, 0)
+        total = jnp.cumsum(real, axis=1) + (0 if state is None else state[:, None])
+        return nn.Dense(x.shape[-1], name="out")(total), total[:, -1]
+
+    def empty_state(self, batch, width, max_length):
+        return jnp.zeros((batch, width), jnp.float32)
+
+
+def make(stack, *, out_init_std, dtype, **module):
+    return Shift(stack.mixer_config(ShiftConfig).distance, dtype, **module)
 
 
 def check(stack):
@@ -77,6 +91,22 @@ def test_its_config_travels_in_json_and_on_the_command_line(shift):
         apply_overrides(config, [f"{path}.shift.distance=17"])
 
 
+def test_a_mixer_of_another_package_decodes_what_it_reads_at_once():
+    register_mixer("total", "a sum of tokens", lambda stack, *, out_init_std, dtype, **module: Total(**module))
+    try:
+        stack = StackConfig(width=16, feed_forward_width=8)
+        config = HNetConfig(stages=(
+            StageConfig(stack=stack, encoder="total1Total2", decoder="total1"),
+            StageConfig(stack=stack, encoder="Total1")))
+        params = random_params(config)
+        tokens = np.random.default_rng(0).integers(0, 256, (2, 9), dtype=np.int32)
+        whole = compiled(config)(params, tokens, np.ones_like(tokens)).logits
+        stepped = stepped_logits(config, params, tokens, prompt_lengths=(1, 6))
+        np.testing.assert_allclose(stepped, whole, atol=2e-4 * float(jnp.std(whole)))
+    finally:
+        del layout._MIXERS["total"]
+
+
 def test_where_it_is_not_registered_it_is_missed_by_name(shift):
     text = config_to_json(run_config(ShiftConfig(distance=3)))
     saved = layout._CONFIGS.pop("shift")
@@ -98,6 +128,12 @@ def test_where_it_is_not_registered_it_is_missed_by_name(shift):
 def test_names_and_configs_that_do_not_fit_are_refused(shift, name, config, message):
     with pytest.raises(ValueError, match=message):
         register_mixer(name, "", make, config=config)
+    assert "other" not in layout.MIXERS
+
+
+def test_a_function_that_takes_no_parent_is_refused():
+    with pytest.raises(ValueError, match=r"make of mixer 'other' must take .*\*\*module.*'parent'"):
+        register_mixer("other", "", lambda stack, *, out_init_std, dtype, name: None)
     assert "other" not in layout.MIXERS
 
 

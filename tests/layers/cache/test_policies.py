@@ -1,4 +1,4 @@
-"""Laws that hold for every cache policy in the registry, and for one that watches what slots receive."""
+"""Laws of cache policies: those in the registry, one that watches what slots receive, one that rotates late."""
 import dataclasses
 
 import jax
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layers import POLICIES, Attention, CachePolicy, KVUpdate, keep_best, make_policy, place
+from layers import POLICIES, Attention, CachePolicy, KeepRecent, KVUpdate, keep_best, make_policy, place
 from layers.cache.kv_cache import admit, empty_update, write
 from tests.support.inputs import Draw
 
@@ -43,8 +43,15 @@ class HeavyHitters(CachePolicy):
         return cache.aux
 
 
+class KeepRecentUnrotated(KeepRecent):
+    """The newest tokens, whose keys are rotated at each reading."""
+
+    keys = "unrotated"
+
+
 MAKE = {name: lambda budget, name=name: make_policy(name, budget=budget, num_sinks=2) for name in POLICIES}
 MAKE["heavy hitters"] = HeavyHitters
+MAKE["unrotated keys"] = KeepRecentUnrotated
 every_policy = pytest.mark.parametrize("make", MAKE.values(), ids=MAKE.keys())
 
 
