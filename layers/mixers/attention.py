@@ -65,9 +65,10 @@ class Attention(CachedMixer):
           ValueError: the heads do not come out even.
         """
         width = x.shape[-1]
-        q, k, v = self._project(x)
         if segment_ids is None:
             segment_ids = jnp.ones(x.shape[:2], jnp.int32)
+        # Whatever stands at padding is hidden here, once, and not in each of q, k and v.
+        q, k, v = self._project(jnp.where((segment_ids != 0)[..., None], x, 0))
         if state is None:
             positions = segment_positions(segment_ids)
             q, k = self._rotate(q, positions), self._rotate(k, positions)
@@ -119,7 +120,8 @@ class Attention(CachedMixer):
 
     def _attend(self, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array) -> jax.Array:
         tokens = token_info(q.shape[1], segment_ids=segment_ids)
-        return attend(q, k, v, mask=self._mask, q_tokens=tokens, implementation=self.implementation).o
+        return attend(q, k, v, mask=self._mask, q_tokens=tokens, padding_is_finite=True,
+                      implementation=self.implementation).o
 
     def _attend_to_cache(
         self, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, cache: KVCache

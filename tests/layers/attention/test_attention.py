@@ -19,6 +19,22 @@ def test_module_restarts_positions_with_every_segment():
     np.testing.assert_allclose(packed, jnp.concatenate(apart, axis=1), atol=1e-6)
 
 
+def test_padding_may_hold_anything():
+    module = Attention(num_heads=2, rotary_width=8)
+    x, ids = Draw(1)(1, 7, 32), jnp.array([[0, 3, 3, 3, 0, 0, 4]])
+    params = jax.jit(module.init)(jax.random.key(0), x)
+    poisoned = jnp.where((ids != 0)[..., None], x, jnp.nan)
+
+    def total(params, x):
+        return jnp.sum(jnp.where((ids != 0)[..., None], module.apply(params, x, ids)[0], 0) ** 2)
+
+    run = jax.jit(jax.value_and_grad(total))
+    jax.tree.map(np.testing.assert_array_equal, run(params, poisoned), run(params, x))
+    cache = module.empty_state(1, 32, 7)
+    read = jax.jit(module.apply)
+    np.testing.assert_array_equal(read(params, poisoned, ids, cache)[0], read(params, x, ids, cache)[0])
+
+
 @pytest.mark.parametrize(("window", "policy"), [(None, None), (3, KeepAll()), (3, None)])
 def test_a_cache_gives_what_the_whole_sequence_gives_for_ragged_rows(window, policy):
     """Pieces of any length, padded on either side, a row that sits a piece out, and slots for a window alone."""
