@@ -30,10 +30,11 @@ def _params(layer, x):
 
 def _in_parts(layer, params, x, ids, cuts):
     step = jax.jit(lambda x, ids, state: layer.apply(params, x, ids, state))
+    apply_update = jax.jit(layer.apply_update)
     state, outputs = layer.empty_state(B, D, T), []
     for start, stop in zip((0, *cuts), (*cuts, T), strict=True):
         y, update = step(x[:, start:stop], ids[:, start:stop], state)
-        state = layer.apply_update(state, update)
+        state = apply_update(state, update)
         outputs.append(y)
     return jnp.concatenate(outputs, axis=1)
 
@@ -41,10 +42,10 @@ def _in_parts(layer, params, x, ids, cuts):
 @every_layer
 def test_a_row_in_parts_equals_the_op_for_whole_rows(layer):
     x, ones = Draw(0)(B, T, D), jnp.ones((B, T), jnp.int32)
-    params = _params(layer, x)
-    whole, update = layer.apply(params, x)
+    params, run = _params(layer, x), jax.jit(layer.apply)
+    whole, update = run(params, x)
     assert update is None
-    np.testing.assert_array_equal(layer.apply(params, x, ones)[0], whole)
+    np.testing.assert_array_equal(run(params, x, ones)[0], whole)
     assert_matches(_in_parts(layer, params, x, ones, (5, 6, 7)), whole, dtype="float32", scale=4)
 
 
@@ -52,14 +53,14 @@ def test_a_row_in_parts_equals_the_op_for_whole_rows(layer):
 def test_packed_documents_are_read_as_if_each_stood_alone(layer):
     """At once and in parts, whatever padding holds, with documents that begin anywhere in a block of the row."""
     x = Draw(2)(B, T, D)
-    params = _params(layer, x)
+    params, run = _params(layer, x), jax.jit(layer.apply)
     alone = np.zeros((B, T, D), np.float32)
     for row, segment in [(0, 4), (0, 2), (1, 1), (1, 7), (1, 3)]:
         span = np.flatnonzero(DOCUMENTS[row] == segment)
-        alone[row, span] = layer.apply(params, x[row, span][None])[0][0]
+        alone[row, span] = run(params, x[row, span][None])[0][0]
     is_real = np.asarray(DOCUMENTS != 0)
     x = jnp.where((DOCUMENTS == 0)[..., None], 1e4, x)
-    packed = jax.jit(layer.apply)(params, x, DOCUMENTS)[0]
+    packed = run(params, x, DOCUMENTS)[0]
     parts = _in_parts(layer, params, x, DOCUMENTS, (3, 11, 12))
     for y in (packed, parts):
         assert_matches(y[is_real], alone[is_real], dtype="float32", scale=4)
