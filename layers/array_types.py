@@ -12,6 +12,9 @@
 contiguous and unique within a row. Every op here takes them with this one meaning, and nothing
 crosses from one segment into another. Their arithmetic is in `segments.py`.
 """
+import functools
+from collections.abc import Callable
+
 import jax
 import numpy as np
 from beartype import beartype
@@ -22,6 +25,20 @@ __all__ = ["Array", "Bool", "Float", "Inexact", "Int", "Integer", "Scalar", "Sha
 Array = jax.Array | np.ndarray
 Scalar = int | float | np.number | Float[Array, ""] | Integer[Array, ""]  # a number, traced or not
 
+
+def _beartype_when_called(function: Callable) -> Callable:
+    """Returns beartype's check of a signature, built when it is first needed: 1 ms for each of a hundred functions."""
+    @functools.cache
+    def check() -> Callable:
+        return beartype(function)
+
+    @functools.wraps(function)
+    def checked(*args, **kwargs):
+        return check()(*args, **kwargs)
+
+    return checked
+
+
 # Checks shapes and dtypes while tracing, so a compiled step pays nothing. Not for pytree classes:
 # tree.map, vmap and float0 cotangents rebuild those with leaves that are no arrays.
-typed = jaxtyped(typechecker=beartype)
+typed = jaxtyped(typechecker=_beartype_when_called)
