@@ -27,13 +27,14 @@ def check_choice(field: str, value: str, choices: Iterable[str]) -> None:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    r"""Source of the bytes, and the portions in which they are read.
+    r"""Source of the text, its tokens, and the portions in which they are read.
 
     Attributes:
       source: stdlib | files:<glob> | tfds:<name or prepared directory>.
       text_key: the feature to read from a tfds data set.
       cache_dir: prepared corpora; "" = the user's cache directory.
-      sequence_length: bytes per window.
+      tokenizer: a tokenizer.json, looked for in the workdir first; "" = the bytes themselves.
+      sequence_length: tokens per window, which are bytes without a tokenizer.
       batch_size: windows per step, over all devices and hosts.
       loss_after: only what follows this text in a document is predicted, such as "\nAnswer:"; "" = all.
     """
@@ -41,6 +42,7 @@ class DataConfig:
     source: str = "stdlib"
     text_key: str = "text"
     cache_dir: str = ""
+    tokenizer: str = ""
     sequence_length: int = 256
     batch_size: int = 16
     loss_after: str = ""
@@ -183,7 +185,8 @@ class RunConfig:
             if value < 1:
                 raise ValueError(f"{field} {value} must be at least 1")
         if self.data.sequence_length < 2:
-            raise ValueError(f"data.sequence_length {self.data.sequence_length} must be at least 2 bytes")
+            raise ValueError(f"data.sequence_length {self.data.sequence_length} must be at least 2 "
+                             f"{'tokens' if self.data.tokenizer else 'bytes'}")
         if not 0 <= self.max_overflow_fraction <= 1:
             raise ValueError(f"max_overflow_fraction {self.max_overflow_fraction} must be from 0 to 1")
         if not 0 <= self.seed < 2**32:
@@ -192,7 +195,7 @@ class RunConfig:
             raise ValueError(
                 f"data.batch_size {self.data.batch_size} is not a multiple of optimizer.accumulation_steps "
                 f"{self.optimizer.accumulation_steps}; change one of them")
-        if self.model.vocab_size < 256:
+        if self.model.vocab_size < 256 and not self.data.tokenizer:
             raise ValueError(f"model.vocab_size {self.model.vocab_size} cannot hold all 256 bytes; set it to 256")
 
     def _check_ratio(self) -> None:
