@@ -1,6 +1,6 @@
 """H-Net, a hierarchical language model over bytes, in Flax."""
 from hnet.config import ChunkingConfig, HNetConfig, StageConfig
-from hnet.decode_state import DecodeState, StageState, init_decode_state
+from hnet.decode_state import DecodeState, StageState, decode_state_bytes, init_decode_state
 from hnet.generation import BOS, generate, generate_text, prefill, step
 from hnet.layout import register_mixer, residual_depth
 from hnet.model import HNet, HNetLM, HNetOutput
@@ -31,6 +31,7 @@ __all__ = [
     "StageConfig",
     "StageOutput",
     "StageState",
+    "decode_state_bytes",
     "from_official_json",
     "generate",
     "generate_text",

@@ -130,7 +130,9 @@ class HNetConfig:
       stages: outermost first; the last is the main network.
       vocab_size: tokens; 256 bytes unless a task has others.
       tie_embeddings: the head is the embedding, transposed.
-      dtype: of activations and matmuls; parameters, states and router stay float32.
+      context_length: tokens that the model was made to read at once, past which `generate` does not go; None = no
+        limit is known.
+      dtype: of activations and matmuls; parameters, states and router stay float32. Caches: see `CacheConfig`.
       bfloat16_dechunk: round what smoothing reads to bfloat16, as the release does.
       boundary_lm: for the router "entropy": a frozen model of the same bytes.
     """
@@ -138,6 +140,7 @@ class HNetConfig:
     stages: tuple[StageConfig, ...]
     vocab_size: int = 256
     tie_embeddings: bool = False
+    context_length: int | None = None
     dtype: Dtype = "float32"
     bfloat16_dechunk: bool = False
     boundary_lm: "HNetConfig | None" = None
@@ -159,6 +162,8 @@ class HNetConfig:
         if self.boundary_lm is not None and self.boundary_lm.vocab_size != self.vocab_size:
             raise ValueError(f"boundary_lm.vocab_size {self.boundary_lm.vocab_size} must be vocab_size "
                              f"{self.vocab_size}: both read the same tokens")
+        if self.context_length is not None and self.context_length < 1:
+            raise ValueError(f"context_length {self.context_length} must be at least 1, or None for no limit")
         if self.dtype not in get_args(Dtype):
             raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(get_args(Dtype))}")
 

@@ -1,4 +1,5 @@
 """The state of an H-Net between tokens: one pytree, level within level, with its own length for every row."""
+import math
 from typing import Any
 
 import jax
@@ -95,6 +96,12 @@ def init_decode_state(config: HNetConfig, batch: int, max_length: int) -> Decode
         lm = init_decode_state(config.boundary_lm, batch, max_length)
         boundary = BoundaryState(lm, jnp.zeros(batch, jnp.float32))
     return DecodeState(of_stage(0, max_length, max_length), jnp.zeros(batch, jnp.int32), boundary, max_length)
+
+
+def decode_state_bytes(config: HNetConfig, batch: int, max_length: int) -> int:
+    """Counts the bytes of the state that `init_decode_state` makes, without making it."""
+    state = jax.eval_shape(lambda: init_decode_state(config, batch, max_length))
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
 def advance(config: HNetConfig, before: StageState, after: StageState, index: int = 0) -> StageState:

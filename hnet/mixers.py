@@ -81,8 +81,8 @@ def make_mixer(mixer: str, stack: StackConfig, out_init_std: float, dtype: jnp.d
 
 def _attention(stack: StackConfig, **keywords: Any) -> nn.Module:
     sizes = dict(vars(stack.attention))  # all but the cache have the names that the layer gives them
-    policy = sizes.pop("cache").make_policy()
-    return Attention(**sizes, policy=policy, **keywords)
+    cache = sizes.pop("cache")
+    return Attention(**sizes, policy=cache.make_policy(), cache_dtype=cache.storage_dtype, **keywords)
 
 
 def _sparse(kind: Callable[..., nn.Module], stack: StackConfig, **keywords: Any) -> nn.Module:
@@ -90,7 +90,7 @@ def _sparse(kind: Callable[..., nn.Module], stack: StackConfig, **keywords: Any)
     return kind(
         num_heads=sizes.num_heads, num_key_heads=sizes.num_key_heads or sizes.num_heads,
         rotary_width=sizes.rotary_width, rotary_base=sizes.rotary_base, rotary_scaling=sizes.rotary_scaling,
-        **keywords)
+        cache_dtype=sizes.cache.storage_dtype, **keywords)
 
 
 def _moba(stack: StackConfig, **keywords: Any) -> nn.Module:

@@ -2,10 +2,13 @@
 import dataclasses
 from typing import Any, Literal, TypeVar, get_args
 
+import jax.numpy as jnp
+
 from hnet.layout import MIXER_CONFIGS, MIXERS, has_feed_forward, mixer_of, parse_layout
 from layers import CachePolicy, RotaryScaling, make_policy
 
 RematPolicy = Literal["none", "dots", "block"]  # nothing; all but matmuls with weights; the whole block
+CacheDtype = Literal["", "float32", "bfloat16", "float16"]
 Config = TypeVar("Config")
 
 
@@ -17,14 +20,25 @@ class CacheConfig:
       policy: a name in `layers.POLICIES`; "full" keeps all that attention may still see.
       budget: slots of a policy that has a bound.
       num_sinks: first tokens that "sink_recent" keeps, of its budget.
+      dtype: of cached keys and values; "" = that of the model. Matmuls run in the model's all the same: a narrower
+        dtype saves memory and rounds each key and value once. float16 ends at 65504.
     """
 
     policy: str = "full"
     budget: int = 0
     num_sinks: int = 4
+    dtype: CacheDtype = ""
 
     def __post_init__(self):
         self.make_policy()
+        if self.dtype not in get_args(CacheDtype):
+            known = ", ".join(name for name in get_args(CacheDtype) if name)
+            raise ValueError(f"attention.cache.dtype {self.dtype!r} is not one of {known}, or '' for the model's")
+
+    @property
+    def storage_dtype(self) -> jnp.dtype | None:
+        """The dtype of cached keys and values; None = that of the model."""
+        return jnp.dtype(self.dtype) if self.dtype else None
 
     def make_policy(self) -> CachePolicy | None:
         """Makes the policy; None for "full", which leaves it to attention to forget what its window has passed."""

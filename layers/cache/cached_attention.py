@@ -25,7 +25,9 @@ def cached_attention(
 ) -> CachedAttention:
     """Attends from new tokens to those in the cache and to each other, by their positions and segments.
 
-    The cache is only read, where it is. A query that sees nothing, such as padding, gets 0.
+    The cache is only read, where it is. A query that sees nothing, such as padding, gets 0. Matmuls run in the
+    dtype of q, whatever that of the cache. New keys and values should be rounded to that of the cache already, so
+    that tokens count the same whether they come in one call or in several.
 
     Args:
       placement: of the new tokens, from `place`.
@@ -37,10 +39,10 @@ def cached_attention(
     if log_weight is not None:
         log_weight = jnp.broadcast_to(log_weight, cache.k.shape[:3])
     # Free slots hold zeros or tokens of an earlier segment; without a copy that hides them, all are read in place.
-    to_cache = attend(
-        q, cache.k.swapaxes(1, 2), cache.v.swapaxes(1, 2), mask=mask, q_tokens=tokens, kv_tokens=slots,
-        key_bias=log_weight, padding_is_finite=True)
-    to_new = attend(q, new.k, new.v, mask=mask, q_tokens=tokens, kv_tokens=tokens)
+    k, v = (x.swapaxes(1, 2).astype(q.dtype) for x in (cache.k, cache.v))
+    to_cache = attend(q, k, v, mask=mask, q_tokens=tokens, kv_tokens=slots, key_bias=log_weight,
+                      padding_is_finite=True)
+    to_new = attend(q, new.k.astype(q.dtype), new.v.astype(q.dtype), mask=mask, q_tokens=tokens, kv_tokens=tokens)
     o, lse = merge(to_cache, to_new)
     received = _received(q, cache, pairs(mask, tokens, slots), lse) if with_received else None
     return CachedAttention(o.astype(q.dtype), received)

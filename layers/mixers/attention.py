@@ -33,6 +33,7 @@ class Attention(CachedMixer):
       bias: projections of queries, keys and values have biases.
       qk_norm: queries and keys are normalised per head, before they are rotated.
       policy: tokens that the cache keeps; None = all that the window lets be seen.
+      cache_dtype: of the keys and values that it keeps; None = dtype.
       init_std, out_init_std: standard deviations of the input and output projections at the start.
     """
 
@@ -46,6 +47,7 @@ class Attention(CachedMixer):
     bias: bool = False
     qk_norm: bool = False
     policy: CachePolicy | None = None
+    cache_dtype: jnp.dtype | None = None
     init_std: float = 0.02
     out_init_std: float = 0.02
     implementation: Implementation = "auto"
@@ -127,25 +129,24 @@ class Attention(CachedMixer):
         self, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array, cache: KVCache
     ) -> tuple[jax.Array, KVUpdate]:
         policy, placement = self.cache_policy, place(cache, segment_ids)
-        q, stored_k = self._rotate(q, placement.positions), k
-        k = self._rotate(k, placement.positions)
-        self._sow(q, k, v)
-        k, v = k.astype(cache.k.dtype), v.astype(cache.v.dtype)
-        update = KVUpdate(k, v, placement.positions, segment_ids)
-        read = cache
+        q, rotated = self._rotate(q, placement.positions), self._rotate(k, placement.positions)
+        self._sow(q, rotated, v)
+        dtype = cache.k.dtype
+        update = KVUpdate(rotated.astype(dtype), v.astype(dtype), placement.positions, segment_ids)
+        slots, tokens = cache, update
         if policy.keys == "unrotated":
-            read = cache._replace(k=self._rotate_slots(cache))
+            update = update._replace(k=k.astype(dtype))
+            slots = cache._replace(k=self._rotate_slots(cache))
+            tokens = update._replace(k=self._rotate(update.k.astype(self.dtype), placement.positions))
         y, received = cached_attention(
-            q, read, update, placement, mask=self._mask, with_received="received" in policy.observes)
-        if policy.keys == "unrotated":
-            update = update._replace(k=stored_k.astype(cache.k.dtype))
+            q, slots, tokens, placement, mask=self._mask, with_received="received" in policy.observes)
         return y, update._replace(received=received, queries=q if "queries" in policy.observes else None)
 
     def _rotate_slots(self, cache: KVCache) -> jax.Array:
         """Rotates cached keys [b, n, s, k] by the positions that the cache holds for them."""
         batch, num_key_heads, num_slots, _ = cache.k.shape
         positions = jnp.broadcast_to(cache.positions, (batch, num_key_heads, num_slots))
-        rows = cache.k.reshape(batch * num_key_heads, num_slots, 1, -1)
+        rows = cache.k.astype(self.dtype).reshape(batch * num_key_heads, num_slots, 1, -1)
         return self._rotate(rows, positions.reshape(-1, num_slots)).reshape(cache.k.shape)
 
     def _sow(self, q: jax.Array, k: jax.Array, v: jax.Array) -> None:
@@ -166,4 +167,4 @@ class Attention(CachedMixer):
     def empty_state(self, batch: int, width: int, max_length: int) -> KVCache:
         """Makes an empty cache for segments of up to `max_length` tokens."""
         _, key_heads, head_width = self._sizes(width)
-        return self.cache_policy.empty(batch, max_length, key_heads, head_width, self.dtype)
+        return self.empty_cache(batch, max_length, key_heads, head_width)

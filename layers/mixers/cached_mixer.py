@@ -8,11 +8,19 @@ from layers.mixers.mixer import Mixer
 
 
 class CachedMixer(Mixer):
-    """A mixer that keeps what its `cache_policy` keeps; it has `num_heads` query heads."""
+    """A mixer that keeps what its `cache_policy` keeps.
+
+    It has `num_heads` query heads, a `dtype`, and a `cache_dtype`, which is None where the cache has the same.
+    """
 
     @property
     def cache_policy(self) -> CachePolicy:
         raise NotImplementedError(f"{type(self).__name__} must define cache_policy")
+
+    def empty_cache(self, batch: int, max_length: int, num_key_heads: int, key_width: int) -> KVCache:
+        """Makes the cache before the first token, in the dtype of caches."""
+        dtype = self.dtype if self.cache_dtype is None else self.cache_dtype
+        return self.cache_policy.empty(batch, max_length, num_key_heads, key_width, dtype)
 
     def empty_update(self, state: KVCache) -> KVUpdate:
         update, observes = empty_update(state), self.cache_policy.observes

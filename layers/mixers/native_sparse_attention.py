@@ -31,6 +31,7 @@ class NativeSparseAttention(CachedMixer):
       block: tokens in a block.
       rotary_width: features of each head that are rotated; 0 = none.
       rotary_base, rotary_scaling: see `rotary`.
+      cache_dtype: of the keys and values that a cache keeps; None = dtype.
       init_std, out_init_std: standard deviations of the input and output projections at the start.
     """
 
@@ -42,6 +43,7 @@ class NativeSparseAttention(CachedMixer):
     rotary_width: int = 0
     rotary_base: float = 10_000.0
     rotary_scaling: RotaryScaling | None = None
+    cache_dtype: jnp.dtype | None = None
     init_std: float = 0.02
     out_init_std: float = 0.02
     dtype: jnp.dtype = jnp.float32
@@ -102,8 +104,7 @@ class NativeSparseAttention(CachedMixer):
 
     def empty_state(self, batch: int, width: int, max_length: int) -> KVCache:
         """Makes an empty cache for segments of up to `max_length` tokens."""
-        head_width = width // self.num_heads
-        return self.cache_policy.empty(batch, max_length, self.num_key_heads, head_width, self.dtype)
+        return self.empty_cache(batch, max_length, self.num_key_heads, width // self.num_heads)
 
 
 def _summaries(x: jax.Array, weights: jax.Array) -> jax.Array:

@@ -32,6 +32,7 @@ class SparseAttention(CachedMixer):
         decoding, and rows are left to `attend` whatever their segments.
       rotary_width: features of each head that are rotated; 0 = none.
       rotary_base, rotary_scaling: see `rotary`.
+      cache_dtype: of the keys and values that a cache keeps; None = dtype.
       init_std, out_init_std: standard deviations of the input and output projections at the start.
     """
 
@@ -42,6 +43,7 @@ class SparseAttention(CachedMixer):
     rotary_width: int = 0
     rotary_base: float = 10_000.0
     rotary_scaling: RotaryScaling | None = None
+    cache_dtype: jnp.dtype | None = None
     init_std: float = 0.02
     out_init_std: float = 0.02
     dtype: jnp.dtype = jnp.float32
@@ -84,8 +86,7 @@ class SparseAttention(CachedMixer):
 
     def empty_state(self, batch: int, width: int, max_length: int) -> KVCache:
         """Makes an empty cache for segments of up to `max_length` tokens."""
-        head_width = width // self.num_heads
-        return self.cache_policy.empty(batch, max_length, self.num_key_heads, head_width, self.dtype)
+        return self.empty_cache(batch, max_length, self.num_key_heads, width // self.num_heads)
 
 
 class Keys(NamedTuple):
@@ -110,7 +111,10 @@ def tokens_of(x: jax.Array, segment_ids: jax.Array | None, cache: KVCache | None
 def with_cache(
     cache: KVCache, k: jax.Array, v: jax.Array, segment_ids: jax.Array | None
 ) -> tuple[Keys, KVUpdate]:
-    """Appends new keys and values [b, t, n, k] to those of the cache, and makes the update of the cache."""
+    """Appends new keys and values [b, t, n, k] to those of the cache, and makes the update of the cache.
+
+    All come in the dtype of the new ones, rounded to that of the cache.
+    """
     if segment_ids is None:
         segment_ids = jnp.ones(k.shape[:2], jnp.int32)
     placement = place(cache, segment_ids)
@@ -118,10 +122,10 @@ def with_cache(
         jnp.concatenate([cache.positions, placement.positions[:, None]], axis=2),
         jnp.concatenate([placement.in_cache, placement.segments[:, None]], axis=2))
     is_seen = tokens.segment[:, 0, :, None, None] != 0
-    k, v = k.astype(cache.k.dtype), v.astype(cache.v.dtype)
-    all_k, all_v = (jnp.where(is_seen, jnp.concatenate([old.swapaxes(1, 2), new], axis=1), 0)
-                    for old, new in ((cache.k, k), (cache.v, v)))
-    return Keys(all_k, all_v, tokens), KVUpdate(k, v, placement.positions, segment_ids)
+    stored_k, stored_v = k.astype(cache.k.dtype), v.astype(cache.v.dtype)
+    all_k, all_v = (jnp.where(is_seen, jnp.concatenate([old.swapaxes(1, 2), new], axis=1), 0).astype(dtype)
+                    for old, new, dtype in ((cache.k, stored_k, k.dtype), (cache.v, stored_v, v.dtype)))
+    return Keys(all_k, all_v, tokens), KVUpdate(stored_k, stored_v, placement.positions, segment_ids)
 
 
 def project_heads(

@@ -15,6 +15,13 @@ OFFICIAL = {
 }
 
 
+def test_a_context_holds_at_least_one_token():
+    stage = make_stage(width=16, encoder="m1", state_size=8, head_width=16)
+    assert HNetConfig(stages=(stage,)).context_length is None
+    with pytest.raises(ValueError, match="context_length 0 must be at least 1, or None for no limit"):
+        HNetConfig(stages=(stage,), context_length=0)
+
+
 def test_reads_the_official_json():
     config = from_official_json(json.dumps(OFFICIAL))
     assert [stage.stack.width for stage in config.stages] == [1024, 1024, 1536]

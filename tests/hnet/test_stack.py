@@ -10,6 +10,7 @@ from hnet.stack import Stack
 from hnet.stack_config import CacheConfig
 from hnet.stack_state import apply_updates, compress, empty_state, keep_scores
 from layers import Mixer
+from tests.support.assertions import assert_matches
 from tests.support.inputs import Draw
 from tests.support.models import make_stack
 
@@ -105,3 +106,29 @@ def test_attention_decodes_with_the_policy_of_its_config():
         CacheConfig(policy="lru")
     with pytest.raises(ValueError, match=r"attention\.cache: cache budget 0 must be at least 1 slots"):
         CacheConfig(policy="window")
+
+
+@pytest.mark.parametrize("layout", ["t1", "moba1", "nsa1"])
+def test_a_cache_keeps_keys_and_values_in_a_dtype_of_its_own(layout):
+    """Every token then reads rounded keys and values, whether it comes in one call with them or later."""
+    config, narrow = (make_stack(width=D, num_heads=2, rotary_width=2, cache=CacheConfig(dtype=dtype))
+                      for dtype in ("", "bfloat16"))
+    stack, params, x = _stack(layout, config)
+    params = jax.tree.map(lambda leaf: 20 * leaf, params)  # so that attention counts
+    assert [empty_state(layout, each, B, T, jnp.float32).runs[0].k.dtype for each in (config, narrow)] == [
+        jnp.float32, jnp.bfloat16]
+
+    @jax.jit
+    def read(x, state):
+        output = stack.apply(params, x, ONES[:, : x.shape[1]], state)
+        return output.y, apply_updates(layout, narrow, jnp.float32, state, output.update)
+
+    whole, _ = read(x, empty_state(layout, narrow, B, T, jnp.float32))
+    first, state = read(x[:, :3], empty_state(layout, narrow, B, T, jnp.float32))
+    rest, state = read(x[:, 3:], state)
+    assert state.runs[0].v.dtype == jnp.bfloat16 and rest.dtype == jnp.float32
+    assert_matches(jnp.concatenate([first, rest], axis=1), whole, dtype="float32")
+    exact = stack.apply(params, x, ONES).y
+    assert 1e-4 < jnp.abs(whole - exact).max() < 0.02 * jnp.abs(exact).max()
+    with pytest.raises(ValueError, match=r"attention\.cache\.dtype 'int8' is not one of float32, bfloat16"):
+        CacheConfig(dtype="int8")
