@@ -4,11 +4,8 @@ from hnet.decode_state import DecodeState, StageState, decode_state_bytes, init_
 from hnet.generation import BOS, generate, generate_text, prefill, step
 from hnet.layout import register_mixer, residual_depth
 from hnet.model import HNet, HNetLM, HNetOutput
-from hnet.pretrained.hnet_release import (
-    load_official_params,
-    parameter_shapes,
-    to_official_params,
-)
+from hnet.pretrained.hnet_release import load_official_params, to_official_params
+from hnet.pretrained.relabel import parameter_shapes
 from hnet.pretrained.release_config import from_official_json, to_official_json
 from hnet.sampling import Sampling, sample
 from hnet.stack import Stack

@@ -82,7 +82,8 @@ def make_mixer(mixer: str, stack: StackConfig, out_init_std: float, dtype: jnp.d
 def _attention(stack: StackConfig, **keywords: Any) -> nn.Module:
     sizes = dict(vars(stack.attention))  # all but the cache have the names that the layer gives them
     cache = sizes.pop("cache")
-    return Attention(**sizes, policy=cache.make_policy(), cache_dtype=cache.storage_dtype, **keywords)
+    return Attention(**sizes, norm_epsilon=stack.norm_epsilon, policy=cache.make_policy(),
+                     cache_dtype=cache.storage_dtype, **keywords)
 
 
 def _sparse(kind: Callable[..., nn.Module], stack: StackConfig, **keywords: Any) -> nn.Module:

@@ -121,7 +121,8 @@ class StackConfig:
       attention, recurrence: sizes of the mixers, read by those that the layout names.
       mixers: configs of mixers that were registered with one of their own; one that is missing has its defaults.
       feed_forward_width: features inside SwiGLU; 0 only where no layer has a capital.
-      norm_epsilon: added to the mean square before the root, in every norm of the residual stream.
+      norm_epsilon: added to the mean square before the root, in every norm of the residual stream, and of
+        queries and keys.
       remat: tells the backward pass what to compute again: see `RematPolicy`.
     """
 

@@ -32,6 +32,7 @@ class Attention(CachedMixer):
       window: earlier tokens that are seen; None = all.
       bias: projections of queries, keys and values have biases.
       qk_norm: queries and keys are normalised per head, before they are rotated.
+      norm_epsilon: of that norm, added to the mean square.
       policy: tokens that the cache keeps; None = all that the window lets be seen.
       cache_dtype: of the keys and values that it keeps; None = dtype.
       init_std, out_init_std: standard deviations of the input and output projections at the start.
@@ -46,6 +47,7 @@ class Attention(CachedMixer):
     window: int | None = None
     bias: bool = False
     qk_norm: bool = False
+    norm_epsilon: float = 1e-5
     policy: CachePolicy | None = None
     cache_dtype: jnp.dtype | None = None
     init_std: float = 0.02
@@ -104,8 +106,8 @@ class Attention(CachedMixer):
             k, v = kv[:, :, 0], kv[:, :, 1]
         if self.qk_norm:
             init = nn.with_logical_partitioning(nn.initializers.ones, ("head_width",))
-            q = rms_norm(q, self.param("q_norm_scale", init, (head_width,)))
-            k = rms_norm(k, self.param("k_norm_scale", init, (head_width,)))
+            q = rms_norm(q, self.param("q_norm_scale", init, (head_width,)), epsilon=self.norm_epsilon)
+            k = rms_norm(k, self.param("k_norm_scale", init, (head_width,)), epsilon=self.norm_epsilon)
         return q, k, v
 
     def _sizes(self, width: int) -> tuple[int, int, int]:

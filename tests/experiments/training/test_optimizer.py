@@ -89,12 +89,12 @@ def test_multipliers_and_official_decay_are_those_of_the_release(name):
         data["opt/names"], data["opt/lr_multiplier"], data["opt/weight_decay"], strict=True)}
     seen = set()
     for entry in relabelling(model):  # some official tensors are several of ours, and stacks the reverse
-        multiplier, decay = official[entry.official]
+        multiplier, decay = official[entry.theirs]
         assert multipliers[entry.path] == pytest.approx(multiplier), entry
         assert config.weight_decay * decays[entry.path] == pytest.approx(decay), entry
         seen.add(entry.path)
     assert seen == set(multipliers) == set(decays)
-    assert {entry.official for entry in relabelling(model)} == set(official)
+    assert {entry.theirs for entry in relabelling(model)} == set(official)
 
 
 @pytest.mark.parametrize(("widths", "chunk", "expected"), [

@@ -131,9 +131,9 @@ def test_reads_torch_tensors():
 def test_names_and_shapes_that_do_not_fit_are_refused():
     state = _official(ATTENTION_OUTSIDE, np.zeros)
     missing = {name: value for name, value in state.items() if name != "lm_head.weight"}
-    with pytest.raises(ValueError, match=r"1 names missing \['lm_head.weight'\]"):
+    with pytest.raises(ValueError, match=r"1 names missing \(lm_head.weight\)"):
         load_official_params(missing, ATTENTION_OUTSIDE)
-    with pytest.raises(ValueError, match=r"1 unknown \['extra'\]"):
+    with pytest.raises(ValueError, match=r"1 names unexpected \(extra\)"):
         load_official_params(state | {"extra": np.zeros(3)}, ATTENTION_OUTSIDE)
     name = "backbone.encoder.layers.0.mixer.Wqkv.weight"
     with pytest.raises(ValueError, match=r"Wqkv\.weight has shape \(48, 12\), and \(96, 32\) in this config"):
