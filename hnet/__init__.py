@@ -5,6 +5,8 @@ from hnet.generation import BOS, generate, generate_text, prefill, step
 from hnet.layout import register_mixer, residual_depth
 from hnet.model import HNet, HNetLM, HNetOutput
 from hnet.pretrained.hnet_release import load_official_params, to_official_params
+from hnet.pretrained.llama import load_llama_params, to_llama_params
+from hnet.pretrained.llama_config import llama_config, to_llama_config
 from hnet.pretrained.relabel import parameter_shapes
 from hnet.pretrained.release_config import from_official_json, to_official_json
 from hnet.sampling import Sampling, sample
@@ -33,6 +35,8 @@ __all__ = [
     "generate",
     "generate_text",
     "init_decode_state",
+    "llama_config",
+    "load_llama_params",
     "load_official_params",
     "parameter_shapes",
     "prefill",
@@ -40,6 +44,8 @@ __all__ = [
     "residual_depth",
     "sample",
     "step",
+    "to_llama_config",
+    "to_llama_params",
     "to_official_json",
     "to_official_params",
 ]

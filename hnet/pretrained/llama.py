@@ -32,8 +32,8 @@ def load_llama_params(state_dict: Mapping[str, Any], config: HNetConfig) -> dict
     need their rows permuted first, which no check here can notice.
 
     Args:
-      state_dict: name -> numpy, jax or torch array. Each is read once. Buffers of rotary frequencies, and with tied
-        embeddings the head, are not read.
+      state_dict: name -> numpy, jax or torch array. Each is read once. Buffers of rotary frequencies, and with
+        tied embeddings the head, are not read.
       config: from `llama_config`.
     Returns:
       Nested dict of float32 jax arrays (float64 stays float64 where jax has it enabled).
@@ -70,8 +70,8 @@ def llama_shapes(config: HNetConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _block(attention: AttentionConfig, theirs: str, path: tuple[str, ...], index: int) -> Iterator[Relabel]:
+    mixer, feed_forward, norm = (*path, "mixer"), (*path, "feed_forward"), (*path, "feed_forward_norm", "scale")
     yield Relabel(f"{theirs}.input_layernorm.weight", (*path, "mixer_norm", "scale"), "vector", index)
-    mixer = (*path, "mixer")
     # Attention keeps one kernel where queries and keys have as many heads, and two otherwise.
     if attention.num_key_heads in (0, attention.num_heads):
         places = {"q_proj": ("qkv", 0), "k_proj": ("qkv", 1), "v_proj": ("qkv", 2)}
@@ -87,8 +87,7 @@ def _block(attention: AttentionConfig, theirs: str, path: tuple[str, ...], index
         for name in ("q_norm", "k_norm"):
             yield Relabel(f"{theirs}.self_attn.{name}.weight", (*mixer, f"{name}_scale"), "vector", index)
     yield Relabel(f"{theirs}.self_attn.o_proj.weight", (*mixer, "out", "kernel"), "out", index)
-    yield Relabel(f"{theirs}.post_attention_layernorm.weight", (*path, "feed_forward_norm", "scale"), "vector", index)
-    feed_forward = (*path, "feed_forward")
+    yield Relabel(f"{theirs}.post_attention_layernorm.weight", norm, "vector", index)
     for part, name in enumerate(("up_proj", "gate_proj")):
         yield Relabel(
             f"{theirs}.mlp.{name}.weight", (*feed_forward, "value_gate", "kernel"), "matrix", index, part=part)

@@ -18,7 +18,8 @@ _LENGTH = {"original_max_position_embeddings": "original_length"}
 _SCALING_FIELDS = {  # theirs -> ours
     "linear": {}, "ntk": {},
     "llama3": {"low_freq_factor": "low_frequency_factor", "high_freq_factor": "high_frequency_factor", **_LENGTH},
-    "yarn": {"beta_fast": "fast_turns", "beta_slow": "slow_turns", "attention_factor": "attention_factor", **_LENGTH},
+    "yarn": {
+        "beta_fast": "fast_turns", "beta_slow": "slow_turns", "attention_factor": "attention_factor", **_LENGTH},
 }
 
 
@@ -139,8 +140,8 @@ def _rotary(config_json: Mapping[str, Any]) -> tuple[float, RotaryScaling | None
     """Base and scaling, from where version 4 of the library kept them or version 5 does."""
     rope = dict(config_json.get("rope_parameters") or config_json.get("rope_scaling") or {})
     if any(isinstance(value, Mapping) for value in rope.values()):
-        raise ValueError(f"rope_parameters {rope} differ between layers: there is one rotary embedding for all here")
-    base = float(rope.pop("rope_theta", None) or config_json.get("rope_theta") or _DEFAULT_ROTARY_BASE)
+        raise ValueError(f"rope_parameters {rope} differ between layers: there is one for all of them here")
+    base = float(rope.get("rope_theta") or config_json.get("rope_theta") or _DEFAULT_ROTARY_BASE)
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return base, None
