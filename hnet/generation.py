@@ -19,7 +19,6 @@ import numpy as np
 from hnet.decode_state import DecodeState, init_decode_state
 from hnet.model import HNetLM
 from hnet.sampling import Sampling, sample
-from layers import last_real
 
 SMALLEST_PIECE, LARGEST_PIECE = 16, 1024  # prompts are read in pieces of a power of two
 PLAIN = Sampling()
@@ -42,8 +41,9 @@ def prefill(
         mean nothing.
       boundary_levels: [b, t], for stages whose router is "given".
     """
-    output = model.apply({"params": params}, tokens, segment_ids, state, boundary_levels=boundary_levels)
-    return last_real(output.logits, segment_ids), output.state
+    output = model.apply({"params": params}, tokens, segment_ids, state, boundary_levels=boundary_levels,
+                         logits_of="last")
+    return output.logits[:, 0], output.state
 
 
 def step(
@@ -93,7 +93,8 @@ def generate(
       num_allowed: only tokens below this are drawn; None = the whole vocabulary.
       max_length: tokens to make room for, as in `init_decode_state`; 0 = as many as are needed, rounded up.
     Raises:
-      ValueError: an empty prompt, not one seed per prompt, no room, or a model whose boundaries must be given.
+      ValueError: an empty prompt, not one seed per prompt, no room, more tokens than the model's context, or
+        boundaries that would have to be given.
     """
     if any(stage.chunking.router == "given" for stage in model.config.stages[:-1]):
         raise ValueError('a model with the router "given" does not know where the text to come will have '
@@ -109,6 +110,11 @@ def generate(
     if 0 < max_length < needed:
         raise ValueError(f"max_length {max_length} has no room for {lengths.max()} tokens and {num_tokens} more; "
                          f"it must be at least {needed}, or 0")
+    context = model.config.context_length
+    if context is not None and needed > context:
+        raise ValueError(
+            f"{lengths.max()} tokens and {num_tokens} more are {needed}, past the model's context_length "
+            f"{context}; ask for at most {max(context - int(lengths.max()), 0)} more, or shorten the prompt")
     # Rounded up, so that asking for a few more tokens does not compile anew.
     state = init_decode_state(model.config, len(prompts), max_length or -(-needed // size) * size)
 

@@ -1,7 +1,7 @@
 """H-Net: a language model over bytes that learns where to cut them (arXiv 2507.07955)."""
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -20,6 +20,7 @@ from layers import (
     carried_segment,
     count_in_segment,
     dechunk,
+    last_real,
     segment_starts,
     smooth,
     straight_through,
@@ -31,7 +32,7 @@ class HNetOutput(NamedTuple):
     """Predictions of a model, and the choices of its routers.
 
     Attributes:
-      logits: [b, t, vocab] float32.
+      logits: [b, t, vocab] float32; [b, 1, vocab] where only those after the last token were asked for.
       stages: "stage0", ...: the stages that chunk, outermost first.
       state: after these tokens, if there was one to continue from.
     """
@@ -55,6 +56,7 @@ class HNetLM(nn.Module):
         state: DecodeState | None = None,
         *,
         boundary_levels: Integer[Array, "b t"] | None = None,
+        logits_of: Literal["all", "last"] = "all",
     ) -> HNetOutput:
         """Predicts each next token from those before it in the same segment.
 
@@ -67,6 +69,8 @@ class HNetLM(nn.Module):
             state's max_length are NaN.
           boundary_levels: for stages whose router is "given": how many stages, from the outermost in, begin a
             chunk at each token; 0 = none. The first token of a segment begins one at every stage.
+          logits_of: "last" makes only the logits after the last token of each row, wherever padding is: those of
+            all tokens of a long prompt may cost more than the layers. For a row of padding they mean nothing.
         Raises:
           ValueError: a stage needs boundary_levels and there are none.
         """
@@ -94,11 +98,15 @@ class HNetLM(nn.Module):
         else:
             init = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed", "vocab"))
             head = self.param("lm_head", init, (width, config.vocab_size))
+        if logits_of == "last":
+            x = last_real(x, segment_ids)[:, None]
         logits = jnp.einsum(
             "btd,dv->btv", x, head.astype(x.dtype), preferred_element_type=jnp.float32)
         if state is not None:
             num_read, num_tokens = count_in_segment(
                 segment_ids != 0, segment_ids, state.num_tokens, state.stage.encoder.segment)
+            if logits_of == "last":
+                num_read = last_real(num_read, segment_ids)[:, None]
             # The caches have no room for what comes after: better no logits than wrong ones.
             logits = jnp.where((num_read > state.max_length)[:, :, None], jnp.nan, logits)
             state = state.replace(
