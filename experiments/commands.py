@@ -16,6 +16,11 @@ def run_parser(docstring: str, name: str, *, purpose: str) -> argparse.ArgumentP
       purpose: completes "the checkpoint", as in "to evaluate".
     """
     made = parser(docstring, name)
-    made.add_argument("--workdir", required=True, help="a run that saved a checkpoint")
-    made.add_argument("--step", type=int, help=f"the checkpoint {purpose}; the newest by default")
+    add_run_arguments(made, purpose=purpose)
     return made
+
+
+def add_run_arguments(to: argparse.ArgumentParser, *, purpose: str) -> None:
+    """Adds --workdir and --step; see `run_parser`."""
+    to.add_argument("--workdir", required=True, help="a run that saved a checkpoint")
+    to.add_argument("--step", type=int, help=f"the checkpoint {purpose}; the newest by default")

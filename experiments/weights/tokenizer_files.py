@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.data.gguf_vocabulary import build_tokenizer
-from experiments.data.tokenizer import check_vocabulary, open_tokenizer
+from experiments.data.tokenizer import check_vocabulary, find_tokenizer, open_tokenizer
 from experiments.errors import UsageError
 from experiments.weights.tensor_files import read_json
 
@@ -68,6 +68,32 @@ def check_tokenizer(directory: Path, vocab_size: int) -> str:
     check_vocabulary(tokenizer, vocab_size, TOKENIZER)
     unused = vocab_size - tokenizer.vocab_size
     return f"{tokenizer.vocab_size:,} tokens" + (f", {unused:,} fewer than embeddings" if unused else "")
+
+
+def tokenizer_for_transformers(tokenizer: str, workdir: Path) -> tuple[dict[str, str], dict[str, int]]:
+    """Returns the texts of a run's tokenizer files by name, and the fields of config.json that name tokens.
+
+    Args:
+      tokenizer: config.data.tokenizer of the run; "" = bytes, for which there are no files.
+    """
+    if not tokenizer:
+        return {}, {}
+    path = find_tokenizer(tokenizer, workdir)
+    texts = tokenizer_from_files(path)
+    config = json.loads(texts.get(TOKENIZER_CONFIG, "{}"))
+    special = {}
+    for name in ("bos_token", "eos_token", "pad_token"):
+        token = config.get(name)
+        token = token.get("content") if isinstance(token, Mapping) else token
+        if token is not None:
+            (special[f"{name}_id"],) = _ids_of(json.loads(texts[TOKENIZER]), token)
+    # The class that reads tokenizer.json as it is; others would put tokens of their own into a text.
+    return texts | {TOKENIZER_CONFIG: _json(config | {"tokenizer_class": "PreTrainedTokenizerFast"})}, special
+
+
+def _ids_of(fields: Mapping[str, Any], token: str) -> list[int]:
+    added = [entry["id"] for entry in fields.get("added_tokens", []) if entry["content"] == token]
+    return added or [fields["model"]["vocab"][token]]
 
 
 def _json(value: Mapping[str, Any]) -> str:
