@@ -4,8 +4,8 @@
   python -m experiments.export_weights hnet  --workdir=runs/x x.safetensors [--dtype=bfloat16]
 
 `llama` makes a directory that the transformers library reads: model.safetensors, config.json and the tokenizer's
-files. `hnet` has the official release's names, and x.json beside it describes the model; the name says what kind of
-file it is: .pt (which needs torch), .safetensors or .npz.
+files. `hnet` has the official release's names, and x.json beside it describes the model; the name says which kind
+of file it is: .pt (which needs torch), .safetensors or .npz.
 """
 import json
 from pathlib import Path

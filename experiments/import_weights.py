@@ -133,7 +133,8 @@ def _check_tokenizer(texts: Mapping[str, str], model: HNetConfig) -> str:
 
 
 def _llama(arguments: argparse.Namespace) -> None:
-    import_llama(Path(arguments.weights), Path(arguments.out), tokenizer=arguments.tokenizer, dtype=arguments.dtype)
+    weights, out = Path(arguments.weights), Path(arguments.out)
+    import_llama(weights, out, tokenizer=arguments.tokenizer, dtype=arguments.dtype)
 
 
 def _hnet(arguments: argparse.Namespace) -> None:

@@ -54,7 +54,8 @@ def said(tmp_path_factory) -> dict[str, tuple[str, str]]:
         "evaluate": start("evaluate", *at_step_5, cache=directory, quick=False),
         "generate": start("generate", *at_step_5, "--prompt", "the model ", "--temperature=0", "--length=40",
                           cache=directory, quick=False),
-        "export": start("export_weights", "hnet", *at_step_5, directory / "weights.npz", cache=directory, quick=False),
+        "export": start("export_weights", "hnet", *at_step_5, directory / "weights.npz", cache=directory,
+                        quick=False),
         "train": start("train", f"--config={directory / 'frozen.py'}", f"--workdir={resumed}", cache_dir,
                        cache=directory, quick=False),
     }

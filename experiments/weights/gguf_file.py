@@ -74,12 +74,6 @@ def half_split_rows(rows: np.ndarray, num_heads: int) -> np.ndarray:
     return heads.swapaxes(1, 2).reshape(rows.shape)
 
 
-def neighbour_rows(rows: np.ndarray, num_heads: int) -> np.ndarray:
-    """The inverse of `half_split_rows`."""
-    heads = rows.reshape(num_heads, 2, -1, *rows.shape[1:])
-    return heads.swapaxes(1, 2).reshape(rows.shape)
-
-
 def _check_begin(path: Path) -> None:
     with path.open("rb") as file:
         begin = file.read(4)
@@ -161,7 +155,7 @@ def _scaling(path: Path, metadata: Mapping[str, Any], stored: Mapping[str, Any])
     if name == "none":
         return None
     if name not in ("linear", "yarn"):
-        raise UsageError(f"{path} scales its rotary positions by {name!r}; those read here are linear and yarn")
+        raise UsageError(f"{path} scales rotary positions by {name!r}; those read here are linear and yarn")
     scaling = {"rope_type": name, "factor": _decimal(get("factor") or 1.0)}
     fields = {"original_context_length": "original_max_position_embeddings", "yarn_beta_fast": "beta_fast",
               "yarn_beta_slow": "beta_slow"} if name == "yarn" else {}
@@ -169,7 +163,7 @@ def _scaling(path: Path, metadata: Mapping[str, Any], stored: Mapping[str, Any])
 
 
 def _llama3_scaling(path: Path, factors: np.ndarray, base: float) -> dict[str, Any]:
-    """Finds the rule of Llama 3 that made these divisors of the frequencies, whose settings the file leaves out."""
+    """Finds the rule of Llama 3 that made these divisors of frequencies; the file leaves out its settings."""
     largest = _decimal(factors.max())
     turns = base ** (-np.arange(len(factors)) / len(factors)) * 8192 / (2 * math.pi)
     kept = np.clip((turns - 1) / 3, 0, 1)

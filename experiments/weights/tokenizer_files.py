@@ -23,11 +23,12 @@ def tokenizer_from_gguf(path: Path, metadata: Mapping[str, Any]) -> dict[str, st
         return metadata.get(f"tokenizer.ggml.{key}")
 
     if get("model") != "gpt2" or get("tokens") is None or get("merges") is None:
-        raise UsageError(f"{path} has a tokenizer of kind {get('model')!r}, and only byte-level BPE (gpt2) is built "
-                         "from a GGUF file; bring the model's tokenizer.json with --tokenizer=PATH")
+        raise UsageError(f"{path} has a tokenizer of kind {get('model')!r}, and only byte-level BPE (gpt2) is "
+                         "built from a GGUF file; bring the model's tokenizer.json with --tokenizer=PATH")
     tokens = get("tokens")
+    types, pre = get("token_type") or [1] * len(tokens), get("pre") or "gpt-2"
     try:
-        built = build_tokenizer(tokens, get("merges"), get("token_type") or [1] * len(tokens), get("pre") or "gpt-2")
+        built = build_tokenizer(tokens, get("merges"), types, pre)
     except UsageError as error:
         raise UsageError(f"{path}: {error}; name it with --tokenizer=PATH") from error
     ids = {name: get(f"{key}_token_id") for name, key in (
@@ -48,8 +49,9 @@ def tokenizer_from_files(path: Path) -> dict[str, str]:
     try:
         texts = {TOKENIZER: path.read_text(encoding="utf-8")}
     except (OSError, UnicodeError) as error:
-        raise UsageError(f"{path}: {error}; name a tokenizer.json with --tokenizer=PATH, or --tokenizer=none for a "
-                         "model of bytes") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"{path}: {reason}; name a tokenizer.json with --tokenizer=PATH, or --tokenizer=none "
+                         "for a model of bytes") from error
     settings, template = path.with_name(TOKENIZER_CONFIG), path.with_name("chat_template.jinja")
     config = read_json(settings) if settings.is_file() else {}
     config = {name: config[name] for name in _FIELDS if config.get(name) is not None}
@@ -81,19 +83,16 @@ def tokenizer_for_transformers(tokenizer: str, workdir: Path) -> tuple[dict[str,
     path = find_tokenizer(tokenizer, workdir)
     texts = tokenizer_from_files(path)
     config = json.loads(texts.get(TOKENIZER_CONFIG, "{}"))
+    fields = json.loads(texts[TOKENIZER])
+    ids = fields["model"]["vocab"] | {entry["content"]: entry["id"] for entry in fields.get("added_tokens", [])}
     special = {}
     for name in ("bos_token", "eos_token", "pad_token"):
         token = config.get(name)
         token = token.get("content") if isinstance(token, Mapping) else token
-        if token is not None:
-            (special[f"{name}_id"],) = _ids_of(json.loads(texts[TOKENIZER]), token)
+        if token in ids:
+            special[f"{name}_id"] = ids[token]
     # The class that reads tokenizer.json as it is; others would put tokens of their own into a text.
     return texts | {TOKENIZER_CONFIG: _json(config | {"tokenizer_class": "PreTrainedTokenizerFast"})}, special
-
-
-def _ids_of(fields: Mapping[str, Any], token: str) -> list[int]:
-    added = [entry["id"] for entry in fields.get("added_tokens", []) if entry["content"] == token]
-    return added or [fields["model"]["vocab"][token]]
 
 
 def _json(value: Mapping[str, Any]) -> str:

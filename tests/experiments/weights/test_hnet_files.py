@@ -1,4 +1,5 @@
 """Released checkpoints as runs: what is read, what is written, and what is refused before anything is."""
+import dataclasses
 import json
 import sys
 from types import SimpleNamespace
@@ -10,12 +11,12 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
-from experiments import export_official, generate, import_official
+from experiments import export_official, export_weights, generate, import_official, import_weights
 from experiments.errors import UsageError
-from experiments.import_official import open_state_dict
 from experiments.runs.checkpoints import Checkpoints
 from experiments.runs.saved_run import SavedRun
 from experiments.training.mesh import make_mesh
+from experiments.weights.tensor_files import open_tensors
 from hnet import BOS, HNetLM, load_official_params, parameter_shapes
 from hnet.pretrained.hnet_release import to_official_params
 from tests.support.assertions import GOLDEN, GOLDEN_LOGITS_ERROR, golden
@@ -45,12 +46,12 @@ def logits_of(imported):
     return lambda tokens: np.asarray(apply({"params": imported.params}, tokens).logits)
 
 
-def _import(*arguments):
-    import_official.main([str(argument) for argument in arguments])
+def _import(weights, config, out):
+    import_weights.main(["hnet", str(weights), str(out), f"--config_json={config}"])
 
 
 def _export(run, out, *arguments):
-    export_official.main([f"--workdir={run}", str(out), *arguments])
+    export_weights.main(["hnet", f"--workdir={run}", str(out), *arguments])
 
 
 def _opened(workdir):
@@ -114,16 +115,16 @@ def test_other_files_hold_the_same_in_both_precisions(imported, tmp_path, suffix
         pytest.importorskip("torch")
     out = tmp_path / f"model{suffix}"
     model = imported.config.model
-    export_official.export_official(imported.params, model, out, dtype)
-    assert str(open_state_dict(out)["lm_head.weight"].dtype).endswith(dtype)
+    export_weights.export_hnet(imported.params, model, out, dtype)
+    assert str(open_tensors(out)["lm_head.weight"].dtype).endswith(dtype)
     rounded = jax.tree.map(lambda leaf: leaf.astype(dtype).astype(jnp.float32), imported.params)
-    _assert_equal(load_official_params(open_state_dict(out), model), rounded)
+    _assert_equal(load_official_params(open_tensors(out), model), rounded)
 
 
 def test_safetensors_hold_each_tensor_in_the_order_of_its_axes(imported, tmp_path):
     """The library writes memory as it lies, and ours lies transposed."""
     model = imported.config.model
-    export_official.export_official(imported.params, model, tmp_path / "model.safetensors", "float32")
+    export_weights.export_hnet(imported.params, model, tmp_path / "model.safetensors", "float32")
     _assert_equal(load_file(tmp_path / "model.safetensors"), to_official_params(imported.params, model))
 
 
@@ -157,7 +158,21 @@ def test_weights_of_another_model_are_refused_by_name(imported, finished_run):
     assert "no run has saved a checkpoint there" in _refusal(_params, "/nowhere", wanted)
 
 
+def test_the_config_is_looked_for_beside_the_weights(released, imported, tmp_path):
+    _export(released.run, tmp_path / "model.npz")
+    import_weights.main(["hnet", str(tmp_path / "model.npz"), str(tmp_path / "run"), "--dtype=bfloat16"])
+    again = _opened(tmp_path / "run")
+    _assert_equal(again.params, imported.params)
+    assert again.config.model == dataclasses.replace(imported.config.model, dtype="bfloat16")
+
+
 # Refusals
+
+
+@pytest.mark.parametrize(("command", "now"), [
+    (import_official, "import_weights hnet"), (export_official, "export_weights hnet")])
+def test_the_commands_of_before_say_what_they_are_called_now(command, now):
+    assert f"this command is now `python -m experiments.{now}`" in _refusal(command.main, ["a", "b"])
 
 
 def test_a_directory_with_checkpoints_is_not_imported_into(released):
@@ -199,7 +214,7 @@ def test_damage_inside_a_file_is_refused(released, tmp_path):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    (None, "No such file or directory; name the release's .json file"),
+    (None, "No such file or directory; name the release's .json file with --config_json=PATH"),
     ("{", "is no config file of the release"),
     ("[1]", "is no config file of the release"),
     ('{"arch_layout": ["T1"]}', "it lacks d_model, vocab_size"),
@@ -210,14 +225,16 @@ def test_a_config_that_is_none_is_refused(released, tmp_path, text, message):
     assert message in _refusal(_import, released.weights, tmp_path / "model.json", tmp_path / "run")
 
 
-@pytest.mark.parametrize("package", ["torch", "safetensors"])
-def test_a_package_that_is_missing_is_named_with_the_way_to_install_it(released, tmp_path, monkeypatch, package):
+@pytest.mark.parametrize(("package", "extra"), [("torch", "torch"), ("safetensors", "pretrained")])
+def test_a_package_that_is_missing_is_named_with_the_way_to_install_it(
+    released, tmp_path, monkeypatch, package, extra
+):
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)  # makes `import` fail, installed or not
     suffix = {"torch": ".pt", "safetensors": ".safetensors"}[package]
     file = tmp_path / f"model{suffix}"
-    message = f"{file}: {suffix} files need {package}; pip install 'hnet-jax[torch]'"
+    message = f"{file}: {suffix} files need {package}; pip install 'hnet-jax[{extra}]'"
     assert _refusal(_export, released.run, file) == message
     file.touch()
     assert _refusal(_import, file, released.config, tmp_path / "run") == message
