@@ -188,7 +188,7 @@ def _renamed(path: Path, config: Mapping[str, Any], stored: Mapping[str, Any]) -
 
 
 def _their_name(name: str) -> str:
-    """Returns the name in the transformers library; one without a counterpart stays, to be listed as unexpected."""
+    """Returns the name in the transformers library; one without a counterpart stays, and is then unexpected."""
     *begin, part, leaf = name.split(".")
     if not begin and part in _OUTSIDE:
         return f"{_OUTSIDE[part]}.{leaf}"

@@ -119,8 +119,8 @@ def _open_directory(path: Path) -> Mapping[str, Any]:
     extra = sorted(name for shard in shards.values() for name in shard if name not in shard_of)
     if lost or extra:
         raise UsageError(
-            f"{index} and its {len(shards)} files do not fit each other: {len(lost)} tensors are not where it says "
-            f"({', '.join(lost[:3])}), {len(extra)} are not in it ({', '.join(extra[:3])})")
+            f"{index} and its {len(shards)} files do not fit each other: {len(lost)} tensors are not where it "
+            f"says ({', '.join(lost[:3])}), {len(extra)} are not in it ({', '.join(extra[:3])})")
     return TensorFile(path, {name: name for name in shard_of}, lambda name: shards[shard_of[name]][name])
 
 
