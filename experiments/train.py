@@ -2,10 +2,12 @@
 
   python -m experiments.train --config=quickstart --workdir=runs/x --config.optimizer.peak_lr=1e-3
 
-A run directory holds config.json, manifest.json, metrics.jsonl, checkpoints/, tb/ and report.html. SIGTERM saves a
-checkpoint and exits with 143, so that a launcher can tell a preempted run from a finished one.
+A run directory holds config.json, manifest.json, metrics.jsonl, checkpoints/, tb/ and report.html, besides
+tokenizer.json for a model of tokens. SIGTERM saves a checkpoint and exits with 143, so that a launcher can tell a
+preempted run from a finished one.
 """
 import contextlib
+import dataclasses
 import itertools
 import signal
 import threading
@@ -54,7 +56,9 @@ def main(argv: list[str]) -> int:
 def train(config: RunConfig, workdir: Path) -> int:
     """Runs `config` to its last step, from wherever `workdir` is, and returns the exit code."""
     enable_compilation_cache()
-    data = open_data(config)
+    data = open_data(config, workdir)
+    if config.data.tokenizer:  # the run keeps a copy, which is its own wherever the run is moved
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer="tokenizer.json"))
     mesh = make_mesh(config.model_axis)
     place = batch_placer(mesh)
     with (
@@ -65,7 +69,7 @@ def train(config: RunConfig, workdir: Path) -> int:
         state, seconds = start_or_resume(config, program, checkpoints, data.corpus)
         evaluate = make_evaluate(config, data.held_out, place)
         start = step = int(state.step)
-        announce_run(config, workdir, data.corpus, state)
+        announce_run(config, workdir, data, state)
         meta = {"config": saved_fields(config), "corpus": data.corpus.fingerprint}
         with (
             MetricsWriter(workdir) as writer, Progress(config.num_steps, start) as progress,

@@ -17,6 +17,7 @@ import numpy as np
 
 from experiments.data.chat_template import render_chat_template
 from experiments.errors import UsageError
+from experiments.files import write_whole
 
 NOT_UTF8 = re.compile("([\udc80-\udcff]+)")  # as surrogateescape writes bytes that are not UTF-8
 PROBE = "Two  words\n\t1234 it's \u00e9\u4e2d\U0001f600"
@@ -44,7 +45,7 @@ class BPETokenizer:
         except Exception as error:  # the package raises plain Exception, and JSON may hold anything
             reason = " ".join(str(error).split())[:200]
             raise UsageError(f"{path} is not a tokenizer.json: {type(error).__name__}: {reason}") from error
-        self.path = path
+        self.path, self._text = path, text
         self.vocab_size = len(self._pieces)
         self.num_bytes = np.array([len(piece) for piece in self._pieces], np.int32)
         self._config_path = path.with_name("tokenizer_config.json")
@@ -56,10 +57,13 @@ class BPETokenizer:
         self.fingerprint = hashlib.sha256(f"bos {self.bos}\n{text}".encode()).hexdigest()
         self._encode_writable(self.without_unwritable(PROBE.encode()))  # a file that loses text is refused now
 
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """The files that were read."""
-        return (self.path, self._config_path) if self._config_path.is_file() else (self.path,)
+    def copy_to(self, directory: Path) -> None:
+        """Writes the files that were read into `directory`, under the names that others look for."""
+        files = {"tokenizer.json": self._text}
+        if self._config_path.is_file():
+            files[self._config_path.name] = _read(self._config_path)
+        for name, text in files.items():
+            write_whole(directory / name, text)
 
     def encode(self, text: bytes) -> np.ndarray:
         unwritable = self._unwritable(text)

@@ -3,6 +3,7 @@
 It is prepared on first use, in a directory named by a hash of the files that the source reads, so a changed
 file leads to another directory. A directory appears under its final name complete or not at all.
 """
+import contextlib
 import functools
 import hashlib
 import json
@@ -10,7 +11,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,7 @@ class Corpus:
     """A prepared corpus on disk."""
 
     def __init__(self, directory: Path) -> None:
+        self.directory = directory
         index = json.loads((directory / "index.json").read_text(encoding="utf-8"))
         # {"files", "bytes", "sha256", "skipped_empty"}; see ByteText.fingerprint.
         self.fingerprint: dict[str, Any] = index["fingerprint"]
@@ -122,16 +124,28 @@ def _prepare(source: Source, directory: Path) -> None:
     print(f"preparing {source.name}: {len(source.paths)} files, {size / 1e6:.1f} MB, "
           f"once, into {directory}", flush=True)
     start = time.perf_counter()
+    with appears_whole(directory) as made:
+        prepare(source, made)
+    print(f"prepared {source.name} in {time.perf_counter() - start:.1f} s", flush=True)
+
+
+@contextlib.contextmanager
+def appears_whole(directory: Path) -> Iterator[Path]:
+    """Yields the path of a directory to be made, which becomes `directory` only when all is written.
+
+    Raises:
+      UsageError: something there cannot be written.
+    """
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         # A sibling: renaming is atomic within one file system.
         with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".preparing-") as temporary:
-            prepare(source, Path(temporary, "corpus"))
-            _rename_unless_taken(Path(temporary, "corpus"), directory)
+            made = Path(temporary, "corpus")
+            yield made
+            _rename_unless_taken(made, directory)
     except OSError as error:
         raise UsageError(f"cannot prepare a corpus under {directory.parent}: {error}; "
                          "set --config.data.cache_dir to a writable directory with enough space") from error
-    print(f"prepared {source.name} in {time.perf_counter() - start:.1f} s", flush=True)
 
 
 def _rename_unless_taken(made: Path, directory: Path) -> None:

@@ -12,11 +12,12 @@ from experiments.config import RunConfig
 from experiments.config.codec import flat_fields
 from experiments.config.command_line import apply_overrides, split_overrides
 from experiments.config.files import config_from_saved
-from experiments.data import Corpus
+from experiments.data import Corpus, Tokenizer
+from experiments.data.token_corpus import TokenCorpus
 from experiments.errors import UsageError
 from experiments.runs.checkpoints import Checkpoints, MisfitError
 from experiments.runs.compilation_cache import enable_compilation_cache
-from experiments.training.batches import open_corpus
+from experiments.training.batches import open_corpus, open_run_tokenizer
 from experiments.training.mesh import make_mesh, replicated
 from experiments.training.step import Program, TrainState
 from hnet import parameter_shapes
@@ -102,7 +103,12 @@ class SavedRun:
         return restored.state
 
     def corpus(self) -> Corpus:
+        """Opens the text of the run, as bytes."""
         return open_corpus(self.config.data)
+
+    def tokenizer(self) -> Tokenizer:
+        """Opens the tokenizer of the run; raises UsageError if it is missing or has more ids than the model."""
+        return open_run_tokenizer(self.config, self.workdir)
 
     def __enter__(self) -> Self:
         return self
@@ -114,7 +120,7 @@ class SavedRun:
 
 
 def start_or_resume(
-    config: RunConfig, program: Program, checkpoints: Checkpoints, corpus: Corpus
+    config: RunConfig, program: Program, checkpoints: Checkpoints, corpus: Corpus | TokenCorpus
 ) -> tuple[TrainState, float]:
     """Returns the state to continue from, and the seconds that its steps have taken.
 
@@ -134,7 +140,8 @@ def start_or_resume(
     if saved.meta["corpus"] != corpus.fingerprint:
         raise UsageError(
             f"the corpus changed since checkpoint {saved.step}: it had {saved.meta['corpus']} and is now "
-            f"{corpus.fingerprint}; restore the files, change config.data.source, or use another --workdir")
+            f"{corpus.fingerprint}; restore the files, change config.data.source or config.data.tokenizer, "
+            "or use another --workdir")
     changed = _differences(config_from_saved(saved.meta["config"], RunConfig), config)
     if changed:
         logger.warning("resuming with a changed config: %s", "; ".join(changed))

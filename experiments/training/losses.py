@@ -1,4 +1,4 @@
-"""Losses of training: the surprise of the next byte, and per stage the distance from its compression."""
+"""Losses of training: the surprise of the next token, and per stage the distance from its compression."""
 import math
 from typing import Any
 
@@ -15,14 +15,29 @@ COUNTS = ("/boundaries", "/overflow_boundaries", "/overflow_rows")  # metrics of
 
 
 def target_mask(batch: Batch) -> jax.Array:
-    """[b, t]: True where the next of t + 1 tokens is a byte of the same document, and one to be predicted."""
+    """[b, t]: True where the next of t + 1 tokens is one of the same document, and one to be predicted."""
     segment_ids = batch["segment_ids"]
     mask = (segment_ids[:, 1:] == segment_ids[:, :-1]) & (segment_ids[:, 1:] != 0)
     return mask & batch["loss_mask"][:, 1:] if "loss_mask" in batch else mask
 
 
+def target_bytes(batch: Batch) -> jax.Array:
+    """Counts the bytes of text that all tokens to predict stand for; float32."""
+    num_bytes = batch["num_bytes"][:, 1:] if "num_bytes" in batch else 1
+    return jnp.sum(target_mask(batch) * num_bytes, dtype=jnp.float32)
+
+
+def read_bytes(batch: Batch) -> jax.Array:
+    """Counts the bytes of text that the model reads, and BOS where tokens are bytes; float32."""
+    num_bytes = batch["num_bytes"][:, :-1] if "num_bytes" in batch else 1
+    return jnp.sum((batch["segment_ids"][:, :-1] != 0) * num_bytes, dtype=jnp.float32)
+
+
 def next_byte_nats(logits: jax.Array, batch: Batch) -> jax.Array:
-    """The sum of -log p over all bytes to predict; `batch` holds t + 1 tokens a row for logits of the first t."""
+    """The sum of -log p over all bytes, or other tokens, to predict.
+
+    `batch` holds t + 1 tokens a row for logits of the first t.
+    """
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch["tokens"][:, 1:])
     return jnp.sum(jnp.where(target_mask(batch), nats, 0))
 
@@ -48,16 +63,18 @@ def tokens_per_chunk(config: RunConfig, step: jax.Array) -> jax.Array:
 
 def loss_fn(
     params: Any, batch: Batch, num_targets: jax.Array, targets_per_stage: jax.Array, *,
-    model: HNetLM, config: RunConfig, num_groups: int = 1,
+    model: HNetLM, config: RunConfig, num_groups: int = 1, bytes_per_target: jax.Array | float = 1,
 ) -> tuple[jax.Array, Metrics]:
-    """Cross entropy per target byte of the whole batch, plus the weighted ratio losses of this part of it.
+    """Cross entropy per target of the whole batch, plus the weighted ratio losses of this part of it.
 
     Args:
+      num_targets: of the whole batch.
       targets_per_stage: `tokens_per_chunk` of this step.
       num_groups: of the rows, for the statistics of the ratio losses; see `layers.chunking.ratio_loss`.
+      bytes_per_target: mean over the whole batch.
     """
     output = apply_model(model, params, batch)
-    metrics = stage_metrics(output)
+    metrics = stage_metrics(output, read_bytes(batch))
     share = 1 / config.optimizer.accumulation_steps
     cross_entropy = next_byte_nats(output.logits, batch) / jnp.maximum(num_targets, 1)
     loss = cross_entropy
@@ -68,15 +85,15 @@ def loss_fn(
         loss += config.ratio_loss_weight * share * ratio_loss
     # Of the parts of a batch, counts add up and all else is averaged.
     metrics = {name: value if name.endswith(COUNTS) else value * share for name, value in metrics.items()}
-    return loss, metrics | {"train/loss_nats": loss, "train/bits_per_byte": cross_entropy / math.log(2)}
+    bits_per_byte = cross_entropy / (bytes_per_target * math.log(2))
+    return loss, metrics | {"train/loss_nats": loss, "train/bits_per_byte": bits_per_byte}
 
 
-def stage_metrics(output: HNetOutput) -> Metrics:
-    """Per stage: boundary statistics, and bytes per chunk of that stage."""
+def stage_metrics(output: HNetOutput, num_bytes: jax.Array) -> Metrics:
+    """Per stage: boundary statistics, and bytes per chunk of that stage, of the `num_bytes` that were read."""
     metrics = {}
     for name, stage in output.stages.items():
         of_stage = stage.metrics()
-        num_bytes = jnp.sum(output.stages["stage0"].is_real, dtype=jnp.float32)
         num_chunks = of_stage["boundaries"] - of_stage["overflow_boundaries"]
         of_stage["bytes_per_chunk"] = num_bytes / jnp.maximum(num_chunks, 1)
         metrics |= {f"{name}/{key}": value for key, value in of_stage.items()}

@@ -59,7 +59,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def put_batch(batch: dict[str, np.ndarray], sharding: NamedSharding) -> dict[str, jax.Array]:
     """Places this process's rows of a global batch; only what a step reads."""
-    names = [name for name in ("tokens", "segment_ids", "loss_mask", "boundary_levels") if name in batch]
+    names = [name for name in ("tokens", "segment_ids", "loss_mask", "num_bytes", "boundary_levels")
+             if name in batch]
     return {name: jax.make_array_from_process_local_data(sharding, batch[name]) for name in names}
 
 

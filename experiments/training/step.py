@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from experiments.config import RunConfig
 from experiments.errors import UsageError
-from experiments.training.losses import Batch, Metrics, loss_fn, target_mask, tokens_per_chunk
+from experiments.training.losses import Batch, Metrics, loss_fn, target_bytes, target_mask, tokens_per_chunk
 from experiments.training.mesh import batch_sharding, parameter_shardings, replicated
 from experiments.training.optimizer import learning_rate, make_optimizer, stage_multipliers
 from hnet import HNetLM, parameter_shapes
@@ -42,9 +42,11 @@ def train_step(
         "local"; with parts, each shard of each part has.
     """
     num_targets = jnp.sum(target_mask(batch), dtype=jnp.float32)
+    num_bytes = target_bytes(batch)
     targets_per_stage = tokens_per_chunk(config, state.step)
     loss = partial(
-        loss_fn, model=model, config=config, num_groups=num_shards if config.ratio_statistics == "local" else 1)
+        loss_fn, model=model, config=config, num_groups=num_shards if config.ratio_statistics == "local" else 1,
+        bytes_per_target=num_bytes / jnp.maximum(num_targets, 1) if "num_bytes" in batch else 1)
     differentiate = jax.grad(loss, has_aux=True)
     num_parts = config.optimizer.accumulation_steps
     if num_parts == 1:
@@ -69,7 +71,7 @@ def train_step(
         "train/grad_norm": optax.tree.norm(grads),
         "train/param_norm": optax.tree.norm(params),
         "train/learning_rate": learning_rate(config.optimizer, config.num_steps)(state.step),
-        "train/target_bytes": num_targets,
+        "train/target_bytes": num_bytes,
     }
     ema = update_ema(state.ema, params, config.optimizer.ema_decay)
     return TrainState(state.step + 1, params, opt_state, ema), metrics
