@@ -1,6 +1,8 @@
 # make train   trains the quick-start H-Net on this machine into runs/quickstart
 # make test    checks style and runs the tests, except those marked slow, which make test-slow runs
 # make lint    checks style
+# make pretrained   makes runs/smollm2, a language model of 135 million parameters, once into the user's cache folder
+# make test-pretrained   tests on that model
 # make test-tpu-aot, test-cuda-aot   compile kernels, and the train step, for TPUs and for a Hopper GPU without one
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,6 +18,12 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(RUN) -m pytest -m slow
+
+pretrained: $(STAMP)
+	$(RUN) -m experiments.pretrained --link=runs/smollm2
+
+test-pretrained: $(STAMP)
+	$(RUN) -m pytest -m slow tests/pretrained
 
 # Uses an environment of its own, because jax with libtpu installed looks for a TPU at every start.
 test-tpu-aot:
@@ -41,7 +49,8 @@ $(STAMP): pyproject.toml
 	$(RUN) -m pip install --quiet --editable '.[test]'
 	@touch $(STAMP)
 
+# runs/smollm2 is a link; what it points to stays.
 clean:
 	rm -rf $(VENV) runs
 
-.PHONY: train test test-slow test-tpu-aot test-cuda-aot lint clean
+.PHONY: train test test-slow pretrained test-pretrained test-tpu-aot test-cuda-aot lint clean

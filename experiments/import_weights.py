@@ -49,6 +49,8 @@ def main(argv: list[str]) -> None:
                             help="of the model's activations; its weights are kept as float32")
     arguments = parser.parse_args(argv)
     {"llama": _llama, "hnet": _hnet}[arguments.family](arguments)
+    print(f"{arguments.out}: checkpoint 0; try it with\n"
+          f"  python -m experiments.generate --workdir={arguments.out} --prompt \"The \"")
 
 
 def import_llama(weights: Path, out: Path, *, tokenizer: str = "", dtype: str = "float32") -> None:
@@ -75,7 +77,6 @@ def import_llama(weights: Path, out: Path, *, tokenizer: str = "", dtype: str = 
         sequence_length=min(LLAMA_LENGTH, model.context_length or LLAMA_LENGTH), batch_size=1,
         tokenizer=TOKENIZER if source.tokenizer else "")
     write_run(out, model, params, data, source=weights, files=source.tokenizer)
-    _say_done(out, params)
 
 
 def import_hnet(weights: Path, config: Path, out: Path, *, dtype: str = "float32") -> None:
@@ -92,7 +93,6 @@ def import_hnet(weights: Path, config: Path, out: Path, *, dtype: str = "float32
         raise UsageError(f"{weights} and {config} do not fit each other: {error}") from error
     print(f"{weights}: {count_params(params):,} parameters, {describe_layout(model)}")
     write_run(out, model, params, DataConfig(sequence_length=HNET_LENGTH, batch_size=1), source=weights)
-    _say_done(out, params)
 
 
 class _Source(NamedTuple):
@@ -151,11 +151,6 @@ def _read_release_config(path: Path) -> HNetConfig:
                          "--config_json=PATH") from error
     except (ValueError, TypeError, KeyError, IndexError) as error:  # a JSON file may hold anything
         raise UsageError(f"{path} is no config file of the release: {error}") from error
-
-
-def _say_done(out: Path, params: Any) -> None:
-    print(f"{out}: {count_params(params) * 4 / 1e6:,.1f} MB of float32 as checkpoint 0; try it with\n"
-          f"  python -m experiments.generate --workdir={out} --prompt \"The \"")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ Scalar = int | float | np.number | Float[Array, ""] | Integer[Array, ""]  # a nu
 
 
 def _beartype_when_called(function: Callable) -> Callable:
-    """Returns beartype's check of a signature, built when it is first needed: 1 ms for each of a hundred functions."""
+    """Returns beartype's check of a signature, built when first needed: 1 ms for each of a hundred functions."""
     @functools.cache
     def check() -> Callable:
         return beartype(function)

@@ -52,6 +52,9 @@ def open_gguf(path: Path) -> GGUFFile:
         try:
             reader = gguf.GGUFReader(path)
         except (IndexError, ValueError) as error:
+            if "GGMLQuantizationType" in str(error):
+                raise UsageError(f"{path} has a type of tensors that the package gguf does not know "
+                                 f"({_reason(error)}); take a file of another quantisation") from error
             raise UsageError(f"{path} cannot be read as GGUF ({_reason(error)}); it may be cut off: it has "
                              f"{path.stat().st_size:,} bytes") from error
         _check_types(path, gguf, reader)

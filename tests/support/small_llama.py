@@ -24,7 +24,8 @@ NAMES = {  # the transformers library's -> GGUF's, with the type of the file tha
     "self_attn.q_proj.bias": ("attn_q.bias", "F32"), "self_attn.k_proj.bias": ("attn_k.bias", "F32"),
     "self_attn.v_proj.bias": ("attn_v.bias", "F32"),
     "self_attn.q_proj.weight": ("attn_q.weight", "Q4_1"), "self_attn.k_proj.weight": ("attn_k.weight", "Q4_1"),
-    "self_attn.v_proj.weight": ("attn_v.weight", "Q4_1"), "self_attn.o_proj.weight": ("attn_output.weight", "Q4_1"),
+    "self_attn.v_proj.weight": ("attn_v.weight", "Q4_1"),
+    "self_attn.o_proj.weight": ("attn_output.weight", "Q4_1"),
     "mlp.gate_proj.weight": ("ffn_gate.weight", "Q4_1"), "mlp.up_proj.weight": ("ffn_up.weight", "Q4_1"),
     "mlp.down_proj.weight": ("ffn_down.weight", "Q4_1")}
 
@@ -55,8 +56,9 @@ def random_state(config: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarr
 
 
 def write_gguf(
-    path: Path, *, seed: int = 0, types: Mapping[str, str] | None = None, metadata: Mapping[str, Any] | None = None,
-    pre: str = "smollm", state: Mapping[str, np.ndarray] | None = None, **fields: Any,
+    path: Path, *, seed: int = 0, types: Mapping[str, str] | None = None,
+    metadata: Mapping[str, Any] | None = None, pre: str = "smollm",
+    state: Mapping[str, np.ndarray] | None = None, **fields: Any,
 ) -> SmallLlama:
     """Writes a GGUF file with tokenizer, and returns what it must read as.
 
