@@ -1,9 +1,15 @@
-"""Bits per byte on held-out text.
+"""Bits per byte on held-out text, or on the text of any source.
 
   python -m experiments.evaluate --workdir=runs/quickstart [--step=400] [--config.eval_bytes=1000000]
+  python -m experiments.evaluate --workdir=runs/smollm2 --source='files:docs/**/*.md'
+
+A byte counts if the model predicted it, alone or within a token, so models of bytes and of tokens compare. The
+first token of a document is not predicted where nothing stands before it.
 """
 import collections
 import math
+import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,26 +18,67 @@ import jax.numpy as jnp
 
 from experiments import commands
 from experiments.config import RunConfig
-from experiments.data import EvaluationSource
-from experiments.errors import run_command
+from experiments.config.command_line import split_overrides
+from experiments.data import EvaluationSource, Tokenizer
+from experiments.data.source_text import read_source
+from experiments.errors import UsageError, run_command
+from experiments.runs.progress import Progress
 from experiments.runs.saved_run import SavedRun
-from experiments.training.batches import held_out_batches, in_tokens
+from experiments.training.batches import all_batches, held_out_batches, in_tokens
 from experiments.training.losses import Batch, apply_model, next_byte_nats, read_bytes, target_bytes, target_mask
 from experiments.training.mesh import batch_placer, make_mesh, use_mesh
 from hnet import HNetLM
 
+PROGRESS_SECONDS = 5.0  # between updates
+
 
 def main(argv: list[str]) -> None:
     parser = commands.run_parser(__doc__, "evaluate", purpose="to evaluate")
+    parser.add_argument("--source", help="text to read in place of the held-out text, up to config.eval_bytes of "
+                                         "it: files:GLOB, stdlib or tfds:NAME, of any number of documents")
+    source_name = parser.parse_args(split_overrides(argv)[0]).source
     with SavedRun.from_command_line(parser, argv) as saved:
-        params, tokenizer = saved.params(), saved.tokenizer()
-        source = held_out_batches(saved.config, in_tokens(saved.corpus(), tokenizer), tokenizer)
+        tokenizer = saved.tokenizer()
+        source, description = _open_text(saved, tokenizer, source_name)
+        params = saved.params()
     mesh = make_mesh(1, jax.devices()[:1])
-    with use_mesh(mesh):
-        metrics = make_evaluate(saved.config, source, batch_placer(mesh))(params)
-    print(f"step {saved.step}, {source.num_bytes:,} held-out bytes")
+    with use_mesh(mesh), Progress(len(source), unit="batch", file=sys.stderr) as progress:
+        evaluate = make_evaluate(
+            saved.config, source, batch_placer(mesh), on_batch=_seldom(progress, len(source)))
+        metrics = evaluate(params)
+    print(f"step {saved.step}, {description}")
     for name, value in metrics.items():
         print(f"{name} {value:.4f}")
+
+
+def _open_text(saved: SavedRun, tokenizer: Tokenizer, source: str | None) -> tuple[EvaluationSource, str]:
+    """Returns the batches to read, and a description of their text."""
+    config = saved.config
+    if source is None:
+        batches = held_out_batches(config, in_tokens(saved.corpus(), tokenizer), tokenizer)
+        return batches, f"{batches.num_bytes:,} held-out bytes"
+    try:
+        text = read_source(source, tokenizer, num_bytes=config.eval_bytes, text_key=config.data.text_key)
+        batches = all_batches(config, text.documents, tokenizer)
+    except UsageError as error:
+        raise UsageError(str(error).replace("--config.data.source", "--source").replace(
+            "config.data.source", "--source")) from error
+    read = f"{len(text.documents.names):,} of " if len(text.documents.names) < text.num_documents else ""
+    lost = f", without {text.num_unwritable:,} bytes that no token stands for" if text.num_unwritable else ""
+    return batches, f"{batches.num_bytes:,} bytes in {read}{text.num_documents:,} documents of {source}{lost}"
+
+
+def _seldom(progress: Progress, num_batches: int) -> Callable[[int], None]:
+    """Returns a function that shows the batches done, at most every PROGRESS_SECONDS, until the last is."""
+    shown = time.monotonic()
+
+    def show(number: int) -> None:
+        nonlocal shown
+        if number < num_batches and time.monotonic() - shown >= PROGRESS_SECONDS:
+            shown = time.monotonic()
+            progress.update(number, {})
+
+    return show
 
 
 def make_evaluate(

@@ -8,7 +8,6 @@ The directory is named by a hash of both fingerprints, that of the corpus and th
 import hashlib
 import json
 import time
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -77,24 +76,6 @@ class TokenSplit:
         return np.memmap(self._path, self._dtype, mode="r")
 
 
-class DocumentList:
-    """Documents in memory, as bytes or as ids, read as a DocumentSplit is."""
-
-    def __init__(self, names: Sequence[str], documents: Sequence[np.ndarray]) -> None:
-        self.names = list(names)
-        self.lengths = np.array([len(document) for document in documents], np.int64)
-        self._documents = documents
-
-    def read(self, document: int, start: int, stop: int) -> np.ndarray:
-        return self._documents[document][start:stop]
-
-
-def encode_counting(tokenizer: Tokenizer, text: bytes) -> tuple[np.ndarray, int]:
-    """Returns the ids of a text without its unwritable bytes, and how many those were."""
-    writable = tokenizer.without_unwritable(text)
-    return tokenizer.encode(writable), len(text) - len(writable)
-
-
 def _prepare(corpus: Corpus, tokenizer: Tokenizer, directory: Path) -> None:
     splits = {stored: corpus.split(split) for split, stored in STORED_NAMES.items()}
     size = sum(int(split.lengths.sum()) for split in splits.values())
@@ -123,8 +104,9 @@ def _write_split(
     with path.open("wb") as file:
         for document, name in enumerate(split.names):
             text = split.read(document, 0, int(split.lengths[document])).tobytes()
-            ids, unwritable = encode_counting(tokenizer, text)
-            num_unwritable += unwritable
+            writable = tokenizer.without_unwritable(text)
+            ids = tokenizer.encode(writable)
+            num_unwritable += len(text) - len(writable)
             if len(ids):  # a document may be of unwritable bytes alone
                 file.write(ids.astype(dtype).tobytes())
                 names.append(name)

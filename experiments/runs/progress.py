@@ -27,10 +27,12 @@ class Progress:
         total_steps: int,
         start_step: int = 0,
         *,
+        unit: str = "step",
         file: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Prints to `file`, stdout if None; `clock` returns seconds."""
+        """Prints to `file`, stdout if None; `clock` returns seconds, and `unit` is a step's name."""
+        self._unit = unit
         self._file = file or sys.stdout
         self._total_steps = total_steps
         self._clock = clock
@@ -60,7 +62,7 @@ class Progress:
         """Shows that `step` steps are done, with these fields and the time that is left."""
         now = self._clock()
         self._first = self._first or (step, now)
-        parts = [f"step {step:>{len(str(self._total_steps))}}/{self._total_steps}"]
+        parts = [f"{self._unit} {step:>{len(str(self._total_steps))}}/{self._total_steps}"]
         parts += [format_field(name, value) for name, value in fields.items()]
         parts.append(f"eta {self._time_left(step, now)}")
         line = "  ".join(parts)

@@ -1,4 +1,5 @@
 """The text of a run: batches to train on, by step, and a fixed choice of held-out batches."""
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from experiments.data import (
 )
 from experiments.data.token_corpus import TokenCorpus, load_tokens
 from experiments.data.tokenizer import check_vocabulary, open_tokenizer
+from experiments.data.windows import Documents
 
 
 class RunData(NamedTuple):
@@ -58,6 +60,14 @@ def held_out_batches(config: RunConfig, corpus: Corpus | TokenCorpus, tokenizer:
     return EvaluationSource(
         windows, data.batch_size, num_bytes=config.eval_bytes,
         process_index=jax.process_index(), process_count=jax.process_count())
+
+
+def all_batches(config: RunConfig, documents: Documents, tokenizer: Tokenizer) -> EvaluationSource:
+    """Returns every window of `documents`, which are in tokens, in batches as `held_out_batches` makes them."""
+    data = config.data
+    windows = WindowSource(documents, data.sequence_length, seed=0, loss_marker=data.loss_marker,
+                           tokenizer=tokenizer)
+    return EvaluationSource(windows, data.batch_size, num_bytes=sys.maxsize)
 
 
 def open_corpus(data: DataConfig) -> Corpus:

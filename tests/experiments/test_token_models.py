@@ -4,13 +4,17 @@ import math
 import shutil
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from experiments import evaluate, train
+from experiments.data import ByteTokenizer
+from experiments.data.source_text import read_source
 from experiments.errors import UsageError
 from experiments.runs.saved_run import SavedRun
 from experiments.training.batches import open_data
+from hnet import HNetLM
 from tests.experiments.test_commands import _refusal
 from tests.support.runs import results, saved_steps
 from tests.support.small_tokenizer import write_tokenizer
@@ -82,7 +86,7 @@ def test_another_tokenizer_is_another_corpus(token_run, train_tokens, tmp_path):
 
 
 @pytest.mark.parametrize(("overrides", "message"), [
-    (["model.vocab_size=257"], r"has ids up to 2\d\d, and config.model.vocab_size is 257; set it to 2\d\d or more"),
+    (["model.vocab_size=257"], r"has ids up to 2\d\d, and config\.model\.vocab_size is 257; set it to 2\d\d or"),
     (["data.tokenizer=nowhere/tokenizer.json"], "there is no such file"),
     (["data.sequence_length=1"], "data.sequence_length 1 must be at least 2 tokens"),
 ])
@@ -112,3 +116,64 @@ def test_evaluation_prints_what_training_logged(token_run, capsys):
     logged = results(token_run)[-1]
     assert float(lines["eval/bits_per_byte"]) == pytest.approx(logged["eval/bits_per_byte"], abs=6e-5)
     assert float(lines["eval/nats_per_token"]) == pytest.approx(logged["eval/nats_per_token"], abs=6e-5)
+
+
+def _printed(capsys, *arguments) -> tuple[str, dict[str, float]]:
+    """Runs evaluate; returns its first line and its metrics."""
+    evaluate.main([str(argument) for argument in arguments])
+    first, *lines = capsys.readouterr().out.splitlines()
+    return first, {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+
+def test_any_source_is_read_whole_without_a_split(token_run, tmp_path, capsys):
+    """Against the model itself on each document, which fits into one window."""
+    texts = [b"the of the chunk", b"return self import", b"\x04\xff", b"", b"x"]
+    for number, text in enumerate(texts):
+        (tmp_path / f"{number}.md").write_bytes(text)
+    first, metrics = _printed(capsys, f"--workdir={token_run}", f"--source=files:{tmp_path}/*.md")
+    with SavedRun.open(token_run) as saved:
+        tokenizer, params, model = saved.tokenizer(), saved.params(), HNetLM(saved.config.model)
+    nats, num_bytes, num_tokens = 0.0, 0, 0
+    for text in texts[:2]:
+        ids = tokenizer.encode(text)
+        log_p = jax.nn.log_softmax(model.apply({"params": params}, ids[None, :-1]).logits[0])
+        nats -= float(log_p[np.arange(len(ids) - 1), ids[1:]].sum())
+        num_bytes, num_tokens = num_bytes + tokenizer.num_bytes[ids[1:]].sum(), num_tokens + len(ids) - 1
+    assert f"step 6, {num_bytes} bytes in 3 of 4 documents of files:" in first
+    assert first.endswith("*.md, without 2 bytes that no token stands for")
+    assert metrics["eval/nats_per_token"] == pytest.approx(nats / num_tokens, abs=6e-5)
+    assert metrics["eval/bits_per_byte"] == pytest.approx(nats / num_bytes / math.log(2), abs=6e-5)
+
+
+def test_models_of_bytes_and_of_tokens_read_the_same_bytes_of_a_source(token_run, finished_run, tmp_path, capsys):
+    for number in range(20):
+        (tmp_path / f"{number}.md").write_text(f"the chunk grün {number} " * 9)
+    arguments = f"--source=files:{tmp_path}/*.md", "--config.eval_bytes=700"
+    of_bytes, metrics = _printed(capsys, f"--workdir={finished_run}", *arguments)
+    assert of_bytes.startswith("step 20, 700 bytes in 5 of 20 documents of files:")
+    assert metrics.keys() == {"eval/bits_per_byte", "eval/stage0/boundary_rate", "eval/stage0/bytes_per_chunk"}
+    of_tokens, _ = _printed(capsys, f"--workdir={token_run}", *arguments)
+    assert of_tokens.startswith("step 6, 695 bytes in 5 of 20 documents")  # but for the first token of each
+
+
+@pytest.mark.parametrize(("source", "message"), [
+    ("files:{tmp}/*.txt", "no file matches '{tmp}/*.txt'"),
+    ("files:{tmp}/empty", "all files that match '{tmp}/empty' are empty (1 of them); change --source"),
+    ("files:{tmp}/foreign", "files:{tmp}/foreign has no text that the tokenizer's vocabulary can write"),
+    ("files:{tmp}/one", "a split has a single token of text, which leaves none to predict; change --source"),
+    ("nowhere", "--source=nowhere is not a source of text"),
+])
+def test_sources_without_text_are_refused(token_run, tmp_path, source, message):
+    (tmp_path / "empty").touch()
+    (tmp_path / "foreign").write_bytes(b"\xff\xff")
+    (tmp_path / "one").write_bytes(b" the")
+    text = _refusal(evaluate.main, f"--workdir={token_run}", f"--source={source.format(tmp=tmp_path)}")
+    assert message.format(tmp=tmp_path) in text
+
+
+def test_the_last_document_of_a_source_is_cut_between_characters(tmp_path):
+    (tmp_path / "a").write_text("grün" * 50)
+    for num_bytes in (2, 3, 4, 5, 1000):
+        text = read_source(f"files:{tmp_path}/a", ByteTokenizer(), num_bytes=num_bytes)
+        expected = {3: 2, 1000: 250}.get(num_bytes, num_bytes)
+        assert text.num_bytes == expected and text.documents.lengths.tolist() == [expected]

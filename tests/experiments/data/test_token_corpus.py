@@ -11,7 +11,8 @@ from experiments.data import (
     load_corpus,
     open_tokenizer,
 )
-from experiments.data.token_corpus import DocumentList, load_tokens
+from experiments.data.source_text import DocumentList
+from experiments.data.token_corpus import load_tokens
 from experiments.errors import UsageError
 from tests.support.small_tokenizer import write_tokenizer
 
