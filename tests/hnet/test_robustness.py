@@ -76,7 +76,7 @@ def test_a_document_of_100_kb_is_read_in_pieces_of_any_size(overflow):
     np.testing.assert_allclose(halves[1::2], wholes, atol=GOLDEN_LOGITS_ERROR)
     assert np.isfinite(halves).all() and int(state.num_tokens[0]) == 100_000
     assert int(state.stage.num_chunks[0]) == int(other.stage.num_chunks[0]) > 10_000
-    window = state.stage.decoder[0].k
+    window = state.stage.decoder.runs[0].k  # [layers, b, n, s, k]
     assert window.shape[3] == 64, "attention with a window keeps no more than its window"
 
 
