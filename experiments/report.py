@@ -10,14 +10,14 @@ from experiments.analysis.boundaries import chunk_texts
 from experiments.config.files import saved_fields
 from experiments.data import Corpus
 from experiments.errors import run_command
-from experiments.generate import generate_bytes
+from experiments.generate import generate_pieces, prompt_ids
 from experiments.pages.report import ReportData, render_report
 from experiments.runs.metrics import read_metrics
 from experiments.runs.saved_run import SavedRun
 from hnet import Sampling
 
 TEXT_BYTES = 1500
-SAMPLE_BYTES = 160
+SAMPLE_TOKENS = {"byte": 160, "token": 50}
 PROMPTS = ("def ", "class ", "The ")
 
 
@@ -36,16 +36,18 @@ def write_report(workdir: Path) -> Path:
 def _write(saved: SavedRun) -> Path:
     config, params = saved.config, saved.params()
     manifest = json.loads((saved.workdir / "manifest.json").read_text())
-    rows = generate_bytes(config, params, [prompt.encode() for prompt in PROMPTS], length=SAMPLE_BYTES,
-                          sampling=Sampling(temperature=0.7))
-    samples = tuple(zip(PROMPTS, map(bytes, zip(*rows, strict=True)), strict=True))
+    tokenizer = saved.tokenizer()
+    pieces = generate_pieces(
+        config, params, [prompt_ids(tokenizer, prompt.encode()) for prompt in PROMPTS], tokenizer,
+        length=SAMPLE_TOKENS[tokenizer.unit], sampling=Sampling(temperature=0.7))
+    samples = tuple(zip(PROMPTS, map(b"".join, zip(*pieces, strict=True)), strict=True))
     page = render_report(ReportData(
         name=saved.workdir.name,
         config=saved_fields(config),
         manifest=manifest,
         metrics=read_metrics(saved.workdir / "metrics.jsonl"),
         reference_lines=manifest["reference_lines"],
-        texts=chunk_texts(config, params, held_out_texts(saved.corpus())),
+        texts=chunk_texts(config, params, held_out_texts(saved.corpus()), tokenizer),
         samples=samples,
     ))
     path = saved.workdir / "report.html"

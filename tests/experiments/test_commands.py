@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import evaluate, generate, report, train
-from experiments.data import BOS, WindowSource
+from experiments.data import BOS, ByteTokenizer, WindowSource
 from experiments.errors import UsageError
 from experiments.runs.saved_run import SavedRun
 from experiments.training.mesh import make_mesh
@@ -189,9 +189,11 @@ def run(finished_run):
 
 
 def _text(run, prompt: bytes, length: int, temperature: float, seed: int) -> bytes:
-    rows = generate.generate_bytes(
-        run.config, run.params, [prompt], length=length, sampling=Sampling(temperature=temperature), seed=seed)
-    return bytes(byte for (byte,) in rows)
+    tokenizer = ByteTokenizer()
+    pieces = generate.generate_pieces(
+        run.config, run.params, [generate.prompt_ids(tokenizer, prompt)], tokenizer, length=length,
+        sampling=Sampling(temperature=temperature), seed=seed)
+    return b"".join(piece for (piece,) in pieces)
 
 
 def test_a_seed_says_which_text_and_at_temperature_0_there_is_only_one(run):

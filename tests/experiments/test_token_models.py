@@ -8,13 +8,13 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import evaluate, train
-from experiments.data import ByteTokenizer
+from experiments import evaluate, generate, train
+from experiments.data import ByteTokenizer, open_tokenizer
 from experiments.data.source_text import read_source
 from experiments.errors import UsageError
 from experiments.runs.saved_run import SavedRun
 from experiments.training.batches import open_data
-from hnet import HNetLM
+from hnet import HNetLM, decode_state_bytes
 from tests.experiments.test_commands import _refusal
 from tests.support.runs import results, saved_steps
 from tests.support.small_tokenizer import write_tokenizer
@@ -177,3 +177,89 @@ def test_the_last_document_of_a_source_is_cut_between_characters(tmp_path):
         text = read_source(f"files:{tmp_path}/a", ByteTokenizer(), num_bytes=num_bytes)
         expected = {3: 2, 1000: 250}.get(num_bytes, num_bytes)
         assert text.num_bytes == expected and text.documents.lengths.tolist() == [expected]
+
+
+# Generation
+
+
+@pytest.fixture(scope="module")
+def greedy(token_run):
+    """A function of a text and a length: the most probable ids after it, each by the model on all before it."""
+    with SavedRun.open(token_run) as saved:
+        tokenizer, params, model = saved.tokenizer(), saved.params(), HNetLM(saved.config.model)
+    logits = jax.jit(lambda ids: model.apply({"params": params}, ids).logits)
+
+    def run(text: bytes, length: int) -> list[int]:
+        ids = tokenizer.encode(text).tolist()
+        start = len(ids)
+        for _ in range(length):
+            padded = np.zeros((1, 64), np.int32)
+            padded[0, : len(ids)] = ids
+            ids.append(int(logits(padded)[0, len(ids) - 1, : tokenizer.vocab_size].argmax()))
+        return ids[start:]
+
+    return run
+
+
+def test_generate_writes_the_text_of_the_most_probable_tokens(token_run, greedy, capsysbinary):
+    generate.main([f"--workdir={token_run}", "--prompt=the of gr\udcfcn", "--length=30", "--temperature=0"])
+    captured, prompt = capsysbinary.readouterr(), b"the of gr\xfcn"
+    with SavedRun.open(token_run) as saved:
+        tokenizer, num_prompt = saved.tokenizer(), len(saved.tokenizer().encode(prompt))
+        size = decode_state_bytes(saved.config.model, 1, 64)
+    assert captured.out == prompt + tokenizer.decode(greedy(prompt, 30)) + b"\n"
+    assert captured.err == (
+        f"the cache takes {size / 1e6:.1f} MB: 1 x 64 tokens\n"
+        f"note: {num_prompt + 30} tokens with the prompt; the model was trained on windows of 32\n").encode()
+
+
+def test_a_text_ends_at_the_tokenizers_end_token(token_run, greedy, tmp_path, capsysbinary):
+    """A token that the model writes by itself is made the end of a text."""
+    ids = greedy(b"return", 30)
+    last = next(index for index, token in enumerate(ids) if token not in ids[:index] and index > 2)
+    with SavedRun.open(token_run) as saved:
+        tokenizer = saved.tokenizer()
+    end = json.loads((token_run / "tokenizer.json").read_text())["model"]["vocab"]
+    name = next(token for token, index in end.items() if index == ids[last])
+    workdir = shutil.copytree(token_run, tmp_path / "run")
+    (workdir / "tokenizer_config.json").write_text(json.dumps({"eos_token": name}))
+    generate.main([f"--workdir={workdir}", "--prompt=return", "--length=30", "--temperature=0", "--samples=2"])
+    text = b"return" + tokenizer.decode(ids[:last])
+    assert capsysbinary.readouterr().out == b"--- seed 0\n%s\n--- seed 1\n%s\n" % (text, text)
+
+
+def test_a_chat_is_answered_without_its_markup(token_run, greedy, capsysbinary):
+    generate.main([f"--workdir={token_run}", "--chat", "--prompt=import", "--length=9", "--temperature=0"])
+    with SavedRun.open(token_run) as saved:
+        tokenizer = saved.tokenizer()
+    prompt = b"<|user|>user\nimport<|end|><|user|>model\n"
+    assert capsysbinary.readouterr().out == tokenizer.decode(greedy(prompt, 9)) + b"\n"
+
+
+def test_a_document_begins_with_bos_once_even_where_the_template_writes_it(tmp_path):
+    tokenizer = open_tokenizer(str(write_tokenizer(tmp_path, add_bos_token=True)))
+    assert generate.prompt_ids(tokenizer, b"") == [1]
+    rendered = generate._prompt_ids(tokenizer, b"a", is_chat=True)  # its template begins with the same token
+    assert rendered == tokenizer.encode(tokenizer.render_chat([{"role": "user", "content": "a"}])).tolist()
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--prompt=a\x04\udcff"], "--prompt: the text has bytes that the vocabulary of {run}/tokenizer.json cannot "
+                               "write: 04 ff (hex), the first at byte 1; leave them out"),
+    ([], "--prompt: an empty prompt: no token stands ahead of this model's documents, so it needs some text"),
+    (["--prompt=12345", "--length=12", "--config.model.context_length=16"],
+     "--length=12: with the 5 tokens of the prompt these are 17, and the model's context_length is 16; "
+     "set it to at most 11, or shorten the prompt"),
+])
+def test_prompts_that_do_not_fit_are_refused(token_run, arguments, message):
+    text = _refusal(generate.main, f"--workdir={token_run}", *arguments)
+    assert text == message.format(run=token_run)
+
+
+def test_a_chat_needs_a_template(token_run, finished_run, tmp_path):
+    assert _refusal(generate.main, f"--workdir={finished_run}", "--chat", "--prompt=a") == (
+        "--chat: a model of bytes has no chat template; write the prompt out")
+    workdir = shutil.copytree(token_run, tmp_path / "run")
+    (workdir / "tokenizer_config.json").unlink()
+    assert _refusal(generate.main, f"--workdir={workdir}", "--chat", "--prompt=a") == (
+        f"--chat: {workdir}/tokenizer_config.json has no chat_template; write the prompt out")
