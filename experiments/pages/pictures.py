@@ -1,4 +1,4 @@
-"""Pictures as .svg files, drawn by matplotlib: panels of lines and of dots, one below the other.
+"""Pictures as .svg files, drawn by matplotlib: panels of lines, of dots and of cells, one below the other.
 
 A picture has no background and one set of colours, which read on light and on dark pages alike: a page that shows
 the file as an image has a scheme of its own, which the file cannot be sure to hear of. The same data give the same
@@ -11,7 +11,9 @@ from collections.abc import Sequence
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 from experiments.pages.svg import kept_apart
 from experiments.pages.tables import format_number
@@ -64,7 +66,21 @@ class Rows:
     rows: Sequence[Row]
 
 
-def picture(panels: Sequence[Lines | Rows]) -> str:
+@dataclasses.dataclass(frozen=True)
+class Cells:
+    """A panel of cells with a text each, coloured by a value: a heat map."""
+    title: str
+    rows: Sequence[str]              # names, from the top
+    columns: Sequence[str]
+    values: np.ndarray               # [rows, columns] from 0 to 1; NaN = no cell
+    texts: Sequence[Sequence[str]]   # [rows][columns]
+    x_label: str = ""
+
+
+Panel = Lines | Rows | Cells
+
+
+def picture(panels: Sequence[Panel]) -> str:
     """Returns the text of an .svg file with these panels."""
     file = io.StringIO()
     with matplotlib.rc_context(_STYLE):
@@ -73,9 +89,10 @@ def picture(panels: Sequence[Lines | Rows]) -> str:
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines()) + "\n"
 
 
-def draw(panels: Sequence[Lines | Rows]) -> Figure:
+def draw(panels: Sequence[Panel]) -> Figure:
     """Returns the figure, with one pair of axes for each panel."""
     heights = [_LINES if isinstance(panel, Lines) else _ROW * len(panel.rows) for panel in panels]
+    draw_panel = {Lines: _draw_lines, Rows: _draw_rows, Cells: _draw_cells}
     total = sum(heights) + len(panels) * (_TITLE + _AXIS + _GAP)
     figure, top = Figure(figsize=(_WIDTH / 96, total / 96)), 0
     for panel, height in zip(panels, heights, strict=True):
@@ -86,13 +103,16 @@ def draw(panels: Sequence[Lines | Rows]) -> Figure:
         figure.text(14 / _WIDTH, (total - top - 27) / total, panel.title)
         axes.spines[:].set_visible(False)
         axes.tick_params(length=0, pad=8)
-        axes.locator_params(nbins=6)
-        (_draw_lines if isinstance(panel, Lines) else _draw_rows)(axes, panel, labels, height)
+        if not isinstance(panel, Cells):
+            axes.locator_params(nbins=6)
+        draw_panel[type(panel)](axes, panel, labels, height)
         top += _TITLE + height + _AXIS + _GAP
     return figure
 
 
-def _labels(panel: Lines | Rows) -> list[str]:
+def _labels(panel: Panel) -> list[str]:
+    if isinstance(panel, Cells):
+        return [panel.x_label]
     if isinstance(panel, Rows):
         return [row.label for row in panel.rows]
     return [f"{line.label} {format_number(line.y[-1])}" for line in panel.lines if len(line.x)]
@@ -130,6 +150,19 @@ def _draw_rows(axes: Axes, panel: Rows, labels: Sequence[str], height: int) -> N
     axes.set_yticks([])
     axes.margins(x=0.05)
     axes.grid(axis="x", color=_GRID, linewidth=0.75)
+
+
+def _draw_cells(axes: Axes, panel: Cells, labels: Sequence[str], height: int) -> None:
+    low, high = (np.array(to_rgb(_COLOURS[ink])) for ink in (1, 0))
+    for row, column in np.argwhere(np.isfinite(panel.values)):
+        value = panel.values[row, column]
+        axes.add_patch(Rectangle((column + 0.02, row + 0.03), 0.96, 0.94, color=low + value * (high - low)))
+        axes.text(column + 0.5, row + 0.5, panel.texts[row][column], color="white", ha="center", va="center")
+    axes.set_xlim(0, len(panel.columns))
+    axes.set_ylim(len(panel.rows), 0)
+    axes.set_xticks(np.arange(len(panel.columns)) + 0.5, panel.columns)
+    axes.set_yticks(np.arange(len(panel.rows)) + 0.5, panel.rows)
+    axes.annotate(panel.x_label, (1, 0), (22, -8), "axes fraction", "offset points", va="top")
 
 
 def _label(axes: Axes, y: float, text: str, ink: int) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from experiments.errors import RunError
+from experiments.errors import RunError, UsageError
 from experiments.files import write_whole
 
 
@@ -48,6 +48,19 @@ def origin(results: Sequence[Result]) -> str:
 def all_of(values: Iterable[Any]) -> str:
     """Joins the different values, sorted, by "and"."""
     return " and ".join(sorted({str(value) for value in values}))
+
+
+def refuse_another_config(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises UsageError if the result in `path` was made with other settings than a command asks for.
+
+    Args:
+      before, now: settings by their names.
+    """
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            raise UsageError(
+                f"{path} was made with {name} {before.get(name)!r}, and this command asks for "
+                f"{now.get(name)!r}; use another --outdir, or delete that file")
 
 
 def write_findings(

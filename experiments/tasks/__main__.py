@@ -1,6 +1,7 @@
 """Trains several mixers on a synthetic task, and writes one table and one plot of the results.
 
   python -m experiments.tasks --config=mqar_tiny --mixers=t,m --seeds=1 --outdir=runs/mqar
+  python -m experiments.tasks longcontext --workdir=RUN      tests of a trained model instead: longcontext --help
 
 --config names a file in configs/tasks/, whose fields --config.FIELD=VALUE changes. A mixer is a layout such as t2,
 gdn2 or m1t1; a name without a count gets as many layers as the config says. Every mixer is trained with every
@@ -23,17 +24,19 @@ import jax
 from experiments import commands
 from experiments.config.command_line import split_overrides
 from experiments.config.files import CONFIGS_DIRECTORY, load_config, saved_fields
-from experiments.errors import UsageError, run_command
+from experiments.errors import UsageError, run_command, suggest
 from experiments.runs.compilation_cache import enable_compilation_cache
 from experiments.runs.grid import write_findings
 from experiments.runs.manifest import prepare_workdir, write_manifest
 from experiments.runs.progress import Progress
 from experiments.tasks.config import TaskConfig
+from experiments.tasks.longcontext import command as longcontext
 from experiments.tasks.page import choose_rates, render_plot, render_table
 from experiments.tasks.results import Result, RunName, load, save
 from experiments.tasks.settings import Column, Setting, settings_of
 from experiments.tasks.training import Trainer, symbols_per_second
 
+SUITES = {"longcontext": longcontext.main}
 UPDATES = 5  # lines about a run on a console that is not a terminal
 
 
@@ -45,6 +48,11 @@ class Run(NamedTuple):
 
 
 def main(argv: list[str]) -> int:
+    if argv and not argv[0].startswith("-"):
+        if argv[0] not in SUITES:
+            raise UsageError(f"{argv[0]!r} is no suite of tests{suggest(argv[0], SUITES)}; there is "
+                             f"{', '.join(SUITES)}, and --config=NAME trains on a task")
+        return SUITES[argv[0]](argv[1:])
     parser = commands.parser(__doc__, "tasks")
     parser.add_argument("--config", required=True, help="a name in configs/tasks/ or the path of a config file")
     parser.add_argument("--mixers", default="", help="layouts, with commas; those of the config by default")

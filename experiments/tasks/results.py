@@ -6,8 +6,8 @@ from typing import Any
 
 from experiments.config.codec import flat_fields
 from experiments.config.files import config_from_saved
-from experiments.errors import UsageError
 from experiments.files import write_whole
+from experiments.runs.grid import refuse_another_config
 from experiments.tasks.config import TaskConfig
 from experiments.tasks.training import Measured
 
@@ -79,10 +79,8 @@ def load(name: RunName, outdir: Path, config: TaskConfig) -> Result | None:
         return None
     fields = json.loads(path.read_text(encoding="utf-8"))
     # Through TaskConfig, which fills in fields that were added since.
-    before, now = flat_fields(config_from_saved(fields["config"], TaskConfig)), flat_fields(config)
-    for field in sorted(before.keys() | now.keys()):
-        if field not in SWEPT and before.get(field) != now.get(field):
-            raise UsageError(
-                f"{path} was made with config.{field} {before.get(field)!r}, and this command asks for "
-                f"{now.get(field)!r}; use another --outdir, or delete that file")
+    configs = config_from_saved(fields["config"], TaskConfig), config
+    before, now = ({f"config.{name}": value for name, value in flat_fields(each).items() if name not in SWEPT}
+                   for each in configs)
+    refuse_another_config(path, before, now)
     return Result(**fields | {"curve": [Measured(*each) for each in fields["curve"]]})
