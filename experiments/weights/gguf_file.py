@@ -89,11 +89,7 @@ def _reason(error: Exception) -> str:
 
 
 def _check_types(path: Path, gguf: Any, reader: Any) -> None:
-    size = path.stat().st_size
     for tensor in reader.tensors:
-        end = int(tensor.data_offset) + int(tensor.n_bytes)
-        if end > size:
-            raise UsageError(f"{path} is cut off: {tensor.name} ends at byte {end:,}, and the file has {size:,}")
         try:
             # One block, to learn whether there is a way back from this type.
             gguf.quants.dequantize(tensor.data[(0,) * (tensor.data.ndim - 1)], tensor.tensor_type)
@@ -112,8 +108,9 @@ def _config(
     def get(key: str, default: Any = None) -> Any:
         return metadata.get(f"{kind}.{key}", default)
 
-    if get("expert_count"):
-        raise UsageError(f"{path} has {get('expert_count')} experts per layer; those read here have none")
+    for key, word in (("expert_count", "experts per layer"), ("attention.sliding_window", "tokens in a window")):
+        if get(key):
+            raise UsageError(f"{path} has {get(key)} {word}; those read here have none")
     num_heads = get("attention.head_count")
     if isinstance(num_heads, list) or isinstance(get("attention.head_count_kv"), list):
         raise UsageError(f"{path} has layers that differ in their heads; those read here have equal layers")

@@ -49,7 +49,7 @@ def llama_config(config_json: Mapping[str, Any], *, dtype: str = "float32") -> H
         window=_window(config_json), bias=kind == "qwen2", qk_norm=kind == "qwen3")
     stack = StackConfig(
         width=width, attention=attention, feed_forward_width=config_json["intermediate_size"],
-        norm_epsilon=config_json.get("rms_norm_eps", 1e-6))
+        norm_epsilon=float(config_json.get("rms_norm_eps", 1e-6)))
     return HNetConfig(
         stages=(StageConfig(stack=stack, encoder=f"T{num_layers}"),), vocab_size=config_json["vocab_size"],
         tie_embeddings=config_json.get("tie_word_embeddings", False), dtype=dtype,
@@ -152,13 +152,14 @@ def _rotary(config_json: Mapping[str, Any]) -> tuple[float, RotaryScaling | None
     if rope.get("factor") is None:
         raise ValueError(f"rope_type {kind!r} has no factor")
     fields = _SCALING_FIELDS[kind]
-    found = {ours: rope[theirs] for theirs, ours in fields.items() if rope.get(theirs) is not None}
+    found = {ours: (int if ours == "original_length" else float)(rope[theirs])
+             for theirs, ours in fields.items() if rope.get(theirs) is not None}
     if "original_length" in fields.values() and config_json.get("max_position_embeddings"):
         found.setdefault("original_length", config_json["max_position_embeddings"])
     if kind == "yarn" and rope.get("mscale") and rope.get("mscale_all_dim"):
         both = (_mscale(rope["factor"], rope[name]) for name in ("mscale", "mscale_all_dim"))
         found.setdefault("attention_factor", next(both) / next(both))
-    return base, RotaryScaling(kind=kind, factor=rope["factor"], **found)
+    return base, RotaryScaling(kind=kind, factor=float(rope["factor"]), **found)
 
 
 def _mscale(factor: float, weight: float) -> float:

@@ -58,15 +58,16 @@ def random_state(config: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarr
 def write_gguf(
     path: Path, *, seed: int = 0, types: Mapping[str, str] | None = None,
     metadata: Mapping[str, Any] | None = None, pre: str = "smollm",
-    state: Mapping[str, np.ndarray] | None = None, **fields: Any,
+    state: Mapping[str, np.ndarray] | None = None, rope_factors: np.ndarray | None = None, **fields: Any,
 ) -> SmallLlama:
     """Writes a GGUF file with tokenizer, and returns what it must read as.
 
     Args:
       types: GGUF's name of a tensor -> its type, in place of those of NAMES; "blk.0.attn_q.weight": "F16".
-      metadata: further integers by name.
+      metadata: further entries by name.
       pre: the rule that cuts a text into words.
       state: weights in place of random ones.
+      rope_factors: divisors of the rotary frequencies, as a tensor of their own.
       fields: of config.json, in place of those of SIZES.
     """
     import gguf
@@ -74,8 +75,11 @@ def write_gguf(
     config = config_json(**fields)
     writer = gguf.GGUFWriter(path, config["model_type"])
     _write_metadata(writer, config, pre)
+    add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
     for name, value in (metadata or {}).items():
-        writer.add_uint32(name, value)
+        add[type(value)](name, value)
+    if rope_factors is not None:
+        writer.add_tensor("rope_freqs.weight", np.asarray(rope_factors, np.float32))
     # Only Llama's converter reorders rows, for rotary pairs of neighbours.
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
     heads = heads if config["model_type"] == "llama" else {}

@@ -18,7 +18,10 @@ from experiments.runs.saved_run import SavedRun
 from experiments.weights.gguf_file import open_gguf
 from experiments.weights.tensor_files import open_tensors
 from hnet import HNetLM, llama_config, load_llama_params
+from layers import RotaryScaling
+from layers.nn.rotary import stretch
 from tests.support.assertions import SAME_COMPUTATION
+from tests.support.models import one_stage_config
 from tests.support.small_llama import config_json, random_state, write_gguf
 from tests.support.small_tokenizer import write_tokenizer
 
@@ -130,6 +133,33 @@ def test_types_of_half_precision_are_read(tmp_path):
         np.testing.assert_array_equal(file.tensors[name], value, strict=True)
 
 
+def _rope(config_json):
+    return llama_config(config_json).stages[0].stack.attention.rotary_scaling
+
+
+def test_rotary_scalings_of_a_gguf_file_are_read(tmp_path):
+    path = tmp_path / "small.gguf"
+    write_gguf(path, metadata={"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0})
+    assert _rope(open_gguf(path).config_json) == RotaryScaling(kind="linear", factor=4.0)
+    write_gguf(path, metadata={"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 8.0,
+                               "llama.rope.scaling.original_context_length": 64})
+    assert _rope(open_gguf(path).config_json) == RotaryScaling(kind="yarn", factor=8.0, original_length=64)
+    write_gguf(path, metadata={"llama.rope.scaling.type": "longrope"})
+    assert "scales rotary positions by 'longrope'" in _refusal(open_gguf, path)
+
+
+def test_divisors_of_rotary_frequencies_are_the_rule_of_llama3_or_refused(tmp_path):
+    path, scaling = tmp_path / "small.gguf", RotaryScaling(kind="llama3", factor=32.0)
+    plain = 5e5 ** (-np.arange(8) / 8)
+    factors = plain / np.asarray(stretch(jnp.asarray(plain, jnp.float32), 5e5, scaling))
+    assert factors.max() == pytest.approx(32) and factors.min() == 1
+    write_gguf(path, rope_theta=5e5, rope_factors=factors)
+    file = open_gguf(path)
+    assert _rope(file.config_json) == scaling and "rope_freqs.weight" not in file.tensors
+    write_gguf(path, rope_theta=5e5, rope_factors=factors + (np.arange(8) == 5))
+    assert "rope_freqs.weight is not the rule of Llama 3" in _refusal(open_gguf, path)
+
+
 def _cut(path, size):
     path.write_bytes(path.read_bytes()[:size])
 
@@ -166,6 +196,7 @@ def test_gguf_files_of_other_models_and_types_are_refused(tmp_path, gguf_run):
         text = _refusal(_import, file, tmp_path / "run")
         assert message in text
     assert "has 8 experts per layer" in refused(metadata={"llama.expert_count": 8})
+    assert "has 128 tokens in a window" in refused(metadata={"llama.attention.sliding_window": 128})
     assert "rotates 8 features of heads of 16" in refused(metadata={"llama.rope.dimension_count": 8})
     assert "'llama-bpe' is not reproduced here" in refused(pre="llama-bpe")
     file.write_bytes(b"no weights at all")
@@ -303,9 +334,10 @@ def test_an_exported_directory_is_imported_as_the_same_run(gguf_run, tmp_path, d
         _export, f"--workdir={gguf_run.run}", tmp_path / "model")
 
 
-def test_a_model_that_is_no_llama_is_not_exported(finished_run, tmp_path):
+def test_a_model_that_is_no_llama_is_not_exported(tmp_path):
+    saved = SimpleNamespace(config=SimpleNamespace(model=one_stage_config()))  # its weights are not asked for
     assert "a Llama has one stage and no chunks, and this model 2 stages" in _refusal(
-        _export, f"--workdir={finished_run}", tmp_path / "model")
+        export_weights.export_llama, saved, tmp_path / "model", "float32")
     assert not (tmp_path / "model").exists()
 
 

@@ -1,5 +1,6 @@
 """Llama and its relatives: parity with the transformers library, every config both ways, what is refused."""
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from hnet import (
 )
 from hnet.pretrained.llama import llama_shapes
 from layers import RotaryScaling
-from tests.support.assertions import GOLDEN_LOGITS_ERROR, golden
+from tests.support.assertions import GOLDEN_LOGITS_ERROR, SAME_COMPUTATION, golden
 from tests.support.models import one_stage_config
 
 SIZES = {"vocab_size": 29, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -96,6 +97,23 @@ def test_query_key_value_gate_and_up_stand_where_the_layers_read_them():
         value_gate = block["feed_forward"]["value_gate"]["kernel"][0]
         np.testing.assert_array_equal(value_gate[:, 0].T, state["model.layers.0.mlp.up_proj.weight"])
         np.testing.assert_array_equal(value_gate[:, 1].T, state["model.layers.0.mlp.gate_proj.weight"])
+
+
+def test_norms_of_queries_and_keys_have_the_epsilon_of_the_others():
+    config = _config(model_type="qwen3", num_hidden_layers=1, rms_norm_eps=0.5)
+    state = {name: np.cos(value) / 4 for name, value in _state(config).items()}
+    tokens = np.arange(5)[None]
+    apply = jax.jit(partial(HNetLM(config).apply, mutable="intermediates"))
+    _, seen = apply({"params": load_llama_params(state, config)}, tokens)
+    queries = seen["intermediates"]["stage0"]["encoder"]["run0"]["mixer"]["queries"][0][0, 0]
+
+    def norm(x, scale):
+        return scale * x / np.sqrt((x * x).mean(-1, keepdims=True) + 0.5)
+
+    x = norm(state["model.embed_tokens.weight"][tokens[0]], state["model.layers.0.input_layernorm.weight"])
+    q = (x @ state["model.layers.0.self_attn.q_proj.weight"].T).reshape(5, 4, 8)
+    expected = norm(q, state["model.layers.0.self_attn.q_norm.weight"])
+    np.testing.assert_allclose(queries[0], expected[0], atol=SAME_COMPUTATION)  # position 0 is not rotated
 
 
 @pytest.mark.parametrize("kind", KINDS)
