@@ -79,7 +79,10 @@ def export_llama(saved: SavedRun, out: Path, dtype: str) -> list[Path]:
     except ValueError as error:
         raise UsageError(str(error)) from error
     texts, special = tokenizer_for_transformers(saved.config.data.tokenizer, saved.workdir)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{out}: {error.strerror or error}; name a directory to make") from error
     refuse_present(*(out / name for name in (CONFIG, *texts)))
     write = tensor_writer(out / WEIGHTS, dtype)
     write(out / WEIGHTS, as_stored(to_llama_params(saved.params(), model), dtype))

@@ -103,7 +103,8 @@ class _Source(NamedTuple):
 
 def _open_llama(weights: Path, tokenizer: str) -> _Source:
     if weights.suffix != ".gguf" and not weights.is_dir():
-        raise UsageError(f"{weights} is neither a .gguf file nor a directory with config.json and .safetensors")
+        there = "is neither a .gguf file nor a" if weights.exists() else "is not there: name a .gguf file or a"
+        raise UsageError(f"{weights} {there} directory with config.json and .safetensors")
     if weights.suffix == ".gguf":
         file = open_gguf(weights)
         config_json, tensors = file.config_json, file.tensors

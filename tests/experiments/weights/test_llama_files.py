@@ -202,6 +202,7 @@ def test_gguf_files_of_other_models_and_types_are_refused(tmp_path, gguf_run):
     file.write_bytes(b"no weights at all")
     assert "is no GGUF file: it begins with b'no w'" in _refusal(_import, file, tmp_path / "run")
     assert "there is no such file" in _refusal(_import, tmp_path / "none.gguf", tmp_path / "run")
+    assert "is not there: name a .gguf file or a directory" in _refusal(_import, tmp_path / "no", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
