@@ -1,9 +1,12 @@
-"""Says what a config costs, without running it or allocating any weights.
+"""Says what a config costs, or the model of a run, without running it or allocating any weights.
 
   python -m experiments.describe --config=hnet_2stage_xl [--bytes_per_chunk=2.7,7.0] [--compile]
+  python -m experiments.describe --workdir=runs/smollm2
 
 Work is counted at config.data.sequence_length and at config.tokens_per_chunk, which is how many of its own tokens
-each stage has in a chunk and what a run aims at. --bytes_per_chunk says instead what a run realised.
+each stage has in a chunk and what a run aims at. --bytes_per_chunk says instead what a run realised. Where a run
+has a tokenizer, its tokens are counted in place of bytes. A cache has room for config.model.context_length tokens,
+or for config.data.sequence_length where there is no such limit.
 """
 import dataclasses
 import itertools
@@ -23,9 +26,10 @@ from experiments.config.command_line import split_overrides
 from experiments.config.files import load_config
 from experiments.errors import UsageError, run_command
 from experiments.pages.tables import aligned
+from experiments.runs.saved_run import SavedRun
 from experiments.training.mesh import batch_sharding, make_mesh, use_mesh
 from experiments.training.step import TrainState, compile_program
-from hnet import init_decode_state
+from hnet import decode_state_bytes
 
 
 class Part(NamedTuple):
@@ -35,13 +39,14 @@ class Part(NamedTuple):
     layers: str
     width: int
     chunks: str   # how its tokens are cut
-    bytes_per_token: float
+    bytes_per_token: float  # tokens of the text where these are not bytes
     parameters: int
 
 
 def main(argv: list[str]) -> None:
     parser = commands.parser(__doc__, "describe")
-    parser.add_argument("--config", required=True, help="a name in configs/, or the path of a config file")
+    parser.add_argument("--config", help="a name in configs/, or the path of a config file")
+    parser.add_argument("--workdir", help="a run that saved a checkpoint, in place of --config")
     parser.add_argument("--bytes_per_chunk", metavar="BYTES,...",
                         help="bytes in a chunk of each stage that chunks, outermost first, such as 2.7,7.0")
     parser.add_argument("--compile", action="store_true",
@@ -49,7 +54,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     arguments, overrides = split_overrides(argv)
     arguments = parser.parse_args(arguments)
-    config = load_config(arguments.config, overrides, RunConfig)
+    config = _open(arguments.config, arguments.workdir, overrides)
     if arguments.bytes_per_chunk is not None:
         config = at_bytes_per_chunk(config, arguments.bytes_per_chunk)
     mesh = make_mesh(1, jax.devices()[:1])
@@ -64,6 +69,17 @@ def main(argv: list[str]) -> None:
         print(json.dumps({"parts": as_dicts, "flops": flops, "memory": memory}, indent=2))
     else:
         print("\n".join(_tables(config, parts, flops, memory)))
+
+
+def _open(name: str | None, workdir: str | None, overrides: list[str]) -> RunConfig:
+    """Returns the config that one of --config and --workdir names."""
+    if (name is None) == (workdir is None):
+        given = "neither" if name is None else "both"
+        raise UsageError(f"{given} of --config=NAME and --workdir=RUN given; give one")
+    if name is not None:
+        return load_config(name, overrides, RunConfig)
+    with SavedRun.open(workdir, overrides=overrides) as saved:
+        return saved.config
 
 
 def at_bytes_per_chunk(config: RunConfig, text: str) -> RunConfig:
@@ -115,21 +131,20 @@ def describe_parts(config: RunConfig, params: Any) -> list[Part]:
 def describe_flops(config: RunConfig) -> dict[str, float]:
     """Floating-point operations of the model, as `experiments.analysis.flops` counts them."""
     forward = model_flops_per_byte(config.model, config.data.sequence_length, config.tokens_per_chunk)
-    training = 3 * forward
-    bytes_per_step = config.data.batch_size * config.data.sequence_length
-    return {"forward_per_byte": forward, "training_per_byte": training,
-            "training_per_step": training * bytes_per_step}
+    training, unit = 3 * forward, _unit(config)
+    tokens_per_step = config.data.batch_size * config.data.sequence_length
+    return {f"forward_per_{unit}": forward, f"training_per_{unit}": training,
+            "training_per_step": training * tokens_per_step}
 
 
 def describe_memory(config: RunConfig, state: TrainState) -> dict[str, int]:
     """Bytes of what a training run keeps, over all devices, and of what decoding one row keeps."""
-    model = config.model.at_full_capacity()
-    decode_state = jax.eval_shape(lambda: init_decode_state(model, 1, config.data.sequence_length))
+    decode_state = decode_state_bytes(config.model.at_full_capacity(), 1, _room(config))
     memory = {"parameters": _num_bytes(state.params), "gradients": _num_bytes(state.params),
               "optimizer": _num_bytes(state.opt_state)}
     if state.ema:
         memory["average"] = _num_bytes(state.ema)
-    return memory | {"decode_state_per_row": _num_bytes(decode_state)}
+    return memory | {"decode_state_per_row": decode_state}
 
 
 def compiled_memory(config: RunConfig) -> dict[str, int]:
@@ -146,6 +161,15 @@ def compiled_memory(config: RunConfig) -> dict[str, int]:
             "step_temporaries_per_device": analysis.temp_size_in_bytes}
 
 
+def _unit(config: RunConfig) -> str:
+    return "token" if config.data.tokenizer else "byte"
+
+
+def _room(config: RunConfig) -> int:
+    """Returns the tokens that a decoding state is counted for."""
+    return config.model.context_length or config.data.sequence_length
+
+
 def _num_bytes(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
@@ -153,16 +177,17 @@ def _num_bytes(tree: Any) -> int:
 def _tables(
     config: RunConfig, parts: list[Part], flops: dict[str, float], memory: dict[str, int]
 ) -> list[str]:
-    length, rows = config.data.sequence_length, config.data.batch_size
+    length, rows, unit = config.data.sequence_length, config.data.batch_size, _unit(config)
     total = sum(part.parameters for part in parts)
-    header = ("", "layers", "width", "bytes per token", "cut into chunks", "parameters", "share")
+    per_token = "bytes per token" if unit == "byte" else "text tokens per token"
+    header = ("", "layers", "width", per_token, "cut into chunks", "parameters", "share")
     table = [header] + [
         (part.name, part.layers, str(part.width), f"{part.bytes_per_token:.2f}", part.chunks,
          f"{part.parameters:,}", f"{part.parameters / total:.1%}") for part in parts
     ] + [("total", "", "", "", "", f"{total:,}", "")]
     work = [
-        ("forward, per byte", f"{_scaled(flops['forward_per_byte'])}FLOP"),
-        ("training, per byte", f"{_scaled(flops['training_per_byte'])}FLOP   "
+        (f"forward, per {unit}", f"{_scaled(flops[f'forward_per_{unit}'])}FLOP"),
+        (f"training, per {unit}", f"{_scaled(flops[f'training_per_{unit}'])}FLOP   "
                                "3 x forward; more where activations are computed again"),
         ("training, per step", f"{_scaled(flops['training_per_step'])}FLOP   {rows:,} rows"),
     ]
@@ -172,11 +197,12 @@ def _tables(
         "decode_state_per_row": "decoding, per row",
         "step_arguments_per_device": "train step's inputs, per device",
         "step_temporaries_per_device": "train step's temporaries, per device"}
-    remarks = {"decode_state_per_row": f"   room for {length:,} bytes, and for each to begin a chunk"}
+    chunks = ", and for each to begin a chunk" if len(config.model.stages) > 1 else ""
+    remarks = {"decode_state_per_row": f"   room for {_room(config):,} {unit}s{chunks}"}
     space = [(names[name], f"{_scaled(size)}B{remarks.get(name, '')}") for name, size in memory.items()]
     return [
         *_indented(table, left={0, 1, 4}), "",
-        f"work in rows of {length:,} bytes; attention counts as computed, with all its scores",
+        f"work in rows of {length:,} {unit}s; attention counts as computed, with all its scores",
         *_indented(work, left={0, 1}), "",
         "memory",
         *_indented(space, left={0, 1}),

@@ -9,7 +9,6 @@ first token of a document is not predicted where nothing stands before it.
 import collections
 import math
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -29,8 +28,6 @@ from experiments.training.losses import Batch, apply_model, next_byte_nats, read
 from experiments.training.mesh import batch_placer, make_mesh, use_mesh
 from hnet import HNetLM
 
-PROGRESS_SECONDS = 5.0  # between updates
-
 
 def main(argv: list[str]) -> None:
     parser = commands.run_parser(__doc__, "evaluate", purpose="to evaluate")
@@ -44,7 +41,7 @@ def main(argv: list[str]) -> None:
     mesh = make_mesh(1, jax.devices()[:1])
     with use_mesh(mesh), Progress(len(source), unit="batch", file=sys.stderr) as progress:
         evaluate = make_evaluate(
-            saved.config, source, batch_placer(mesh), on_batch=_seldom(progress, len(source)))
+            saved.config, source, batch_placer(mesh), on_batch=progress.seldom)
         metrics = evaluate(params)
     print(f"step {saved.step}, {description}")
     for name, value in metrics.items():
@@ -68,22 +65,9 @@ def _open_text(saved: SavedRun, tokenizer: Tokenizer, source: str | None) -> tup
     return batches, f"{batches.num_bytes:,} bytes in {read}{text.num_documents:,} documents of {source}{lost}"
 
 
-def _seldom(progress: Progress, num_batches: int) -> Callable[[int], None]:
-    """Returns a function that shows the batches done, at most every PROGRESS_SECONDS, until the last is."""
-    shown = time.monotonic()
-
-    def show(number: int) -> None:
-        nonlocal shown
-        if number < num_batches and time.monotonic() - shown >= PROGRESS_SECONDS:
-            shown = time.monotonic()
-            progress.update(number, {})
-
-    return show
-
-
 def make_evaluate(
     config: RunConfig, held_out: EvaluationSource, place: Callable[[Any], Batch],
-    *, on_batch: Callable[[int], None] | None = None,
+    *, on_batch: Callable[[int, int], None] | None = None,
 ) -> Callable[[Any], dict[str, float]]:
     """Returns a function from parameters to metrics on `held_out` that compiles at its first call, once.
 
@@ -91,7 +75,7 @@ def make_evaluate(
     ever demoted.
 
     Args:
-      on_batch: told after each batch how many are done.
+      on_batch: told after each batch how many are done, of how many.
     """
     model = HNetLM(config.model.at_full_capacity())
 
@@ -116,7 +100,7 @@ def make_evaluate(
             part = jax.device_get(compiled(params, place(batch)))
             total.update({name: float(value) for name, value in part.items()})
             if on_batch:
-                on_batch(number)
+                on_batch(number, len(held_out))
         metrics = {"eval/bits_per_byte": total["nats"] / total["bytes"] / math.log(2)}
         if config.data.tokenizer:
             metrics["eval/nats_per_token"] = total["nats"] / total["targets"]

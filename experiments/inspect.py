@@ -4,7 +4,8 @@
       [--step=N] [--config.FIELD=VALUE]
 
 The terminal shows the chunks of every stage in colour, or cut by "|" without colours (a pipe, NO_COLOR), and the
-statistics; the page has the whole text with the probability of every boundary. Words are explained in
+statistics; the page has the whole text with the probability of every boundary. A model of tokens shows its tokens
+besides, each with its nats. Words are explained in
 experiments/analysis/chunk_statistics.py and experiments/analysis/perturbations.py.
 """
 import os
@@ -18,8 +19,9 @@ from experiments.analysis.chunk_statistics import bits_per_byte, place_table, st
 from experiments.analysis.perturbations import effect_table, effects, perturb
 from experiments.config.command_line import split_overrides
 from experiments.errors import UsageError, run_command
-from experiments.pages.inspect import NO_STAGES, PLACES_LEGEND, Inspection, effects_legend, render_inspection
-from experiments.pages.terminal import open_console, print_chunks, table_in_terminal
+from experiments.pages.inspect import PLACES_LEGEND, Inspection, effects_legend, render_inspection
+from experiments.pages.terminal import open_console, print_chunks, print_tokens, table_in_terminal
+from experiments.runs.progress import Progress
 from experiments.runs.saved_run import SavedRun
 
 PERTURBED_BYTES = 20_000  # of the text, of which eight changed copies are read
@@ -48,8 +50,13 @@ def main(argv: list[str]) -> None:
 
 def inspect_text(saved: SavedRun, title: str, text: bytes) -> Inspection:
     """Reads a text of at least one byte, and the changes of its beginning, in one pass of the model over all."""
-    perturbed = perturb(text[:PERTURBED_BYTES])
-    chunked, *changed = chunk_texts(saved.config, saved.params(), [(title, text), *perturbed])
+    tokenizer = saved.tokenizer()
+    # A letter in the other case may have a byte that no token stands for; one of the text itself is refused.
+    perturbed = [(name, tokenizer.without_unwritable(changed))
+                 for name, changed in perturb(text[:PERTURBED_BYTES])]
+    with Progress(0, unit="call", file=sys.stderr) as progress:
+        chunked, *changed = chunk_texts(
+            saved.config, saved.params(), [(title, text), *perturbed], tokenizer, on_call=progress.seldom)
     stages = tuple(stage_statistics(text, stage) for stage in chunked.stages)
     return Inspection(
         saved.workdir.name, saved.step, chunked, stage_table(stages), tuple(map(place_table, stages)),
@@ -81,11 +88,13 @@ def _print(inspection: Inspection, num_shown: int) -> None:
     chunked = inspection.chunked
     print(f"step {inspection.step}, {chunked.title}: {len(chunked.text):,} bytes, "
           f"{bits_per_byte(chunked):.3f} bits per byte\n")
+    if chunked.token_starts is not None:
+        print_tokens(chunked, open_console(), num_shown=num_shown)
     if chunked.stages:
         print_chunks(chunked, open_console(), num_shown=num_shown)
         print(table_in_terminal(inspection.stages))
     else:
-        print(f"{NO_STAGES}\n")
+        print(f"{inspection.no_stages}\n")
     for table in inspection.places:
         print(table_in_terminal(table))
     if inspection.places:

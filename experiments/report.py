@@ -47,7 +47,9 @@ def _write(saved: SavedRun) -> Path:
         manifest=manifest,
         metrics=read_metrics(saved.workdir / "metrics.jsonl"),
         reference_lines=manifest["reference_lines"],
-        texts=chunk_texts(config, params, held_out_texts(saved.corpus()), tokenizer),
+        texts=chunk_texts(config, params, [
+            (title, tokenizer.without_unwritable(text)) for title, text in held_out_texts(saved.corpus())],
+            tokenizer),
         samples=samples,
     ))
     path = saved.workdir / "report.html"

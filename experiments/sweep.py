@@ -181,13 +181,16 @@ def result_of(run: Run) -> Result:
     manifest = json.loads((run.workdir / "manifest.json").read_text())
     evaluations = [record for record in read_metrics(run.workdir / "metrics.jsonl") if BITS in record]
     count, device = manifest["device_count"], manifest["device_kind"]
+    corpus = manifest.get("corpus", {})
+    bytes_per_token = corpus["bytes"] / corpus["tokens"] if "tokens" in corpus else 1
+    flops_per_token = float(model_flops_per_byte(
+        run.config.model, run.config.data.sequence_length, tokens_per_chunk(evaluations[-1])))
     return Result(
         config=run.name,
         seed=run.seed,
         evaluations=evaluations,
         num_params=manifest["num_params"],
-        flops_per_byte=float(model_flops_per_byte(
-            run.config.model, run.config.data.sequence_length, tokens_per_chunk(evaluations[-1]))),
+        flops_per_byte=flops_per_token / bytes_per_token,
         train_seconds=manifest["train_seconds"],
         commit=manifest["git"]["commit"],
         is_dirty=manifest["git"].get("is_dirty", False),
@@ -209,6 +212,8 @@ def _refuse_another_config(run: Run) -> None:
     # Through RunConfig, which fills in fields that were added since.
     saved = flat_fields(config_from_json(path.read_text(), RunConfig))
     wanted = flat_fields(run.config)
+    if saved["data.tokenizer"] and wanted["data.tokenizer"]:  # a run names its own copy; training compares them
+        del saved["data.tokenizer"], wanted["data.tokenizer"]
     for field in sorted(saved.keys() | wanted.keys()):
         if saved.get(field) != wanted.get(field):
             raise UsageError(

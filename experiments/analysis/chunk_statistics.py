@@ -49,7 +49,8 @@ class StageStatistics(NamedTuple):
 
 
 def bits_per_byte(chunked: ChunkedText) -> float:
-    return _ratio(float(chunked.nats.sum()), len(chunked.text) * math.log(2))
+    """Returns the mean over the bytes whose nats are known: all but a first token that nothing stands before."""
+    return _ratio(float(np.nansum(chunked.nats)), np.count_nonzero(~np.isnan(chunked.nats)) * math.log(2))
 
 
 def stage_statistics(text: bytes, stage: StageChunks) -> StageStatistics:
@@ -64,7 +65,7 @@ def stage_statistics(text: bytes, stage: StageChunks) -> StageStatistics:
 
 
 def boundary_rate(stage: StageChunks) -> float:
-    """Returns boundaries per byte that the stage saw; an inner stage sees the first byte of each outer chunk."""
+    """Returns boundaries per token that the stage saw; an inner stage sees the first byte of each outer chunk."""
     return _ratio(int(stage.is_boundary.sum()), int((~np.isnan(stage.boundary_prob)).sum()))
 
 

@@ -17,14 +17,32 @@ class StageChunks:
 
 @dataclasses.dataclass(frozen=True)
 class ChunkedText:
-    """A text and its chunks at every stage."""
+    """A text and its chunks at every stage.
+
+    Attributes:
+      stages: outermost first; () for a model that does not chunk.
+      nats: [num_bytes] -log p of each byte after those before it; None = not known. A token's are spread evenly
+        over its bytes, so that sums stay; NaN where nothing stands before the first token.
+      token_starts: [num_bytes] bool, True at the first byte of each token; None where tokens are bytes.
+    """
     title: str
     text: bytes
-    stages: tuple[StageChunks, ...]  # outermost first; () for a model that does not chunk
-    nats: np.ndarray | None = None   # [num_bytes] -log p of each byte after those before it; None = not known
+    stages: tuple[StageChunks, ...]
+    nats: np.ndarray | None = None
+    token_starts: np.ndarray | None = None
+
+    @property
+    def tokens(self) -> StageChunks:
+        """The tokens as chunks; only for a text that has some."""
+        return StageChunks("tokens", np.full(len(self.text), np.nan), self.token_starts)
+
+    def token_nats(self) -> np.ndarray:
+        """Returns the nats of each token, [num_tokens]."""
+        return np.add.reduceat(self.nats, np.flatnonzero(self.token_starts)) if self.text else self.nats
 
     def __post_init__(self) -> None:
-        arrays = {} if self.nats is None else {"nats": self.nats}
+        arrays = {"nats": self.nats, "token_starts": self.token_starts}
+        arrays = {name: array for name, array in arrays.items() if array is not None}
         for stage in self.stages:
             arrays |= {f"boundary_prob of {stage.name}": stage.boundary_prob,
                        f"is_boundary of {stage.name}": stage.is_boundary}

@@ -3,7 +3,8 @@
 Every byte of the text is in the fragment, exactly once per stage. Characters are shown as themselves; bytes
 that have no glyph of their own (control characters, invalid UTF-8, a character cut in two by a boundary) are
 shown as \\x1b. Neighbouring chunks alternate between two backgrounds; a character is underlined the more
-strongly the more probable a boundary before it, and shows that probability while the pointer is on it.
+strongly the more probable a boundary before it, and shows that probability while the pointer is on it. Tokens that
+are not bytes have the first panel: their characters are underlined by the token's nats, and show those.
 """
 from collections.abc import Iterator
 from itertools import pairwise
@@ -23,6 +24,8 @@ from experiments.analysis.chunked_text import (
 )
 from experiments.pages.html import render_part
 
+FULL_NATS = 10.0  # of a token whose underline is as strong as can be
+
 
 class Cell(NamedTuple):
     """One character of a text, or one of its bytes, and what a page shows for it."""
@@ -30,12 +33,14 @@ class Cell(NamedTuple):
     kind: str = ""       # class of what is not a plain glyph: "newline", "tab" or "hex"
     after: str = ""      # what follows outside of the mark, so that copied text is the text
     probs: str = ""      # probabilities of a boundary at its bytes; "" where none is known
-    strongest: str = ""  # the largest of them
+    nats: str = ""       # of its token; "" where none is known
+    strength: str = ""   # of the underline, from 0 to 1: the largest of probs, or nats / FULL_NATS
 
 
 def render_chunked_text(chunked: ChunkedText) -> Markup:
     """Returns a fragment that needs page.css, and nothing else."""
-    panels = [_panel(chunked.text, stage) for stage in chunked.stages]
+    panels = [] if chunked.token_starts is None else [_token_panel(chunked)]
+    panels += [_panel(chunked.text, stage) for stage in chunked.stages]
     return render_part("parts.html.jinja", "chunked_text", chunked.title, panels, _cells(chunked.text))
 
 
@@ -53,6 +58,18 @@ def _panel(text: bytes, stage: StageChunks) -> dict[str, object]:
     return {"name": stage.name, "size": size, "chunks": chunks}
 
 
+def _token_panel(chunked: ChunkedText) -> dict[str, object]:
+    edges, chunks = chunk_edges(chunked.tokens), []
+    for (start, stop), nats in zip(pairwise(edges), chunked.token_nats(), strict=True):
+        cells = list(_cells(chunked.text[start:stop]))
+        if not np.isnan(nats):
+            shown, strength = f"{nats:.2f}", f"{min(nats / FULL_NATS, 1):.2f}"
+            cells = [cell._replace(nats=shown, strength=strength) for cell in cells]
+        chunks.append(cells)
+    size = f"{len(chunked.text) / max(len(chunks), 1):.2f} bytes per token"
+    return {"name": "tokens", "size": size, "chunks": chunks}
+
+
 def _cells(text: bytes, boundary_prob: np.ndarray | None = None) -> Iterator[Cell]:
     position = 0
     for character in characters(text):
@@ -61,7 +78,7 @@ def _cells(text: bytes, boundary_prob: np.ndarray | None = None) -> Iterator[Cel
             prob = boundary_prob[position:position + len(character)]
             prob = prob[~np.isnan(prob)]
             if len(prob):  # one number per byte of the character
-                cell = cell._replace(probs=" ".join(f"{p:.2f}" for p in prob), strongest=f"{prob.max():.2f}")
+                cell = cell._replace(probs=" ".join(f"{p:.2f}" for p in prob), strength=f"{prob.max():.2f}")
         position += len(character)
         yield cell
 

@@ -1,12 +1,15 @@
 """One HTML page on a text read by a model: its chunks, their statistics, and the effects of small changes."""
+import math
 from typing import NamedTuple
+
+import numpy as np
 
 from experiments.analysis.chunk_statistics import bits_per_byte, number
 from experiments.analysis.chunked_text import ChunkedText, Table, chunk_lengths
 from experiments.pages.chunk_html import render_chunked_text
 from experiments.pages.html import length_figures, render_page
 
-NO_STAGES = "This model has no stages that chunk: it reads every byte at full depth."
+NO_STAGES = "This model has no stages that chunk: it reads every {unit} at full depth."
 PLACES_LEGEND = (
     "Precision: the share of boundaries that are at such a place. Base rate: the share of bytes that are. "
     "Lift: precision over base rate. Recall: the share of such places that are boundaries.")
@@ -22,6 +25,11 @@ class Inspection(NamedTuple):
     effects: Table
     num_perturbed: int            # bytes of the text that was changed, from its beginning
 
+    @property
+    def no_stages(self) -> str:
+        """A note for models that do not chunk."""
+        return NO_STAGES.format(unit="byte" if self.chunked.token_starts is None else "token")
+
 
 def render_inspection(inspection: Inspection) -> str:
     """Returns the whole page."""
@@ -32,10 +40,11 @@ def render_inspection(inspection: Inspection) -> str:
         name=inspection.name,
         step=f"{inspection.step:,}",
         bits=number(bits_per_byte(chunked), 3),
-        facts=[("bytes", f"{len(chunked.text):,}"),
+        facts=[("bytes", f"{len(chunked.text):,}"), *_token_facts(chunked),
                *((f"bytes per chunk, {name}", number(each.mean())) for name, each in lengths.items())],
         num_stages=len(chunked.stages),
-        no_stages=NO_STAGES,
+        has_tokens=chunked.token_starts is not None,
+        no_stages=inspection.no_stages,
         text=render_chunked_text(chunked),
         stages=inspection.stages,
         lengths=length_figures(lengths, lambda name, _: f"{name}."),
@@ -44,6 +53,14 @@ def render_inspection(inspection: Inspection) -> str:
         effects=inspection.effects,
         effects_legend=effects_legend(inspection),
     )
+
+
+def _token_facts(chunked: ChunkedText) -> list[tuple[str, str]]:
+    if chunked.token_starts is None:
+        return []
+    nats = chunked.token_nats()
+    known = nats[~np.isnan(nats)]
+    return [("tokens", f"{len(nats):,}"), ("nats per token", number(known.mean() if len(known) else math.nan))]
 
 
 def effects_legend(inspection: Inspection) -> str:

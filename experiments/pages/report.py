@@ -46,6 +46,7 @@ def render_report(data: ReportData) -> str:
         verdict=_verdict_of(data),
         facts=_facts(data, lengths),
         loss=_loss(data),
+        unit="byte" if all(text.token_starts is None for text in data.texts) else "token",
         num_stages=max((len(text.stages) for text in data.texts), default=0),
         texts=[render_chunked_text(text) for text in data.texts],
         lengths=length_figures(lengths, _lengths_caption),

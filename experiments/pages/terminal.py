@@ -5,8 +5,9 @@ break, a tab as → and blanks, and bytes that have no glyph of their own (contr
 character cut in two by a boundary) as \\x1b, so that no text can command the terminal.
 """
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 from rich.console import Console
 from rich.text import Text
 
@@ -40,20 +41,37 @@ def print_chunks(chunked: ChunkedText, console: Console, *, num_shown: int) -> N
       console: decides about colours; one without them (a pipe, NO_COLOR) gets the bars.
       num_shown: bytes of the text to show; a character that would be cut there is left out.
     """
+    for stage in chunked.stages:
+        _print_cut(chunked.text, stage, console, num_shown=num_shown, unit="chunk")
+
+
+def print_tokens(chunked: ChunkedText, console: Console, *, num_shown: int) -> None:
+    """Prints the tokens of a text that has some as `print_chunks` does chunks, each with its nats after it."""
+    nats = ["-" if np.isnan(each) else f"{each:.1f}" for each in chunked.token_nats()]
+    _print_cut(chunked.text, chunked.tokens, console, num_shown=num_shown, unit="token", notes=nats)
+
+
+def _print_cut(
+    text: bytes, stage: StageChunks, console: Console, *, num_shown: int, unit: str, notes: Sequence[str] = ()
+) -> None:
     is_coloured = console.color_system is not None and not console.no_color
-    num_bytes = _whole_characters(chunked.text, num_shown)
-    amount = f"{len(chunked.text):,} bytes"
-    if num_bytes < len(chunked.text):
+    num_bytes = _whole_characters(text, num_shown)
+    amount = f"{len(text):,} bytes"
+    if num_bytes < len(text):
         amount = f"the first {num_bytes:,} of {amount}"
     cut = "each change of colour is a boundary" if is_coloured else "each | is a boundary"
-    for stage in chunked.stages:
-        num_chunks = len(chunk_edges(stage)) - 1
-        legend = (f"{stage.name}: {num_chunks:,} chunks, {len(chunked.text) / max(num_chunks, 1):.2f} "
-                  f"bytes per chunk; {amount}, {cut}\n")
-        chunks = list(_chunks(chunked.text[:num_bytes], stage))
-        shown = Text().join(chunks) if is_coloured else Text("|".join(chunk.plain for chunk in chunks))
-        for each in (Text(legend), shown, Text()):
-            console.print(each, soft_wrap=True)  # as it is: no line broken, no blanks at its end dropped
+    if notes:
+        cut += ", with the nats of each token after it"
+    num_chunks = len(chunk_edges(stage)) - 1
+    counted = f"{num_chunks:,} {unit}s, " if notes else f"{stage.name}: {num_chunks:,} {unit}s, "
+    legend = f"{counted}{len(text) / max(num_chunks, 1):.2f} bytes per {unit}; {amount}, {cut}\n"
+    chunks = list(_chunks(text[:num_bytes], stage))
+    if notes:
+        chunks = [chunk.append(f" {note}" if is_coloured else f"[{note}]", _MARK)
+                  for chunk, note in zip(chunks, notes, strict=False)]
+    shown = Text().join(chunks) if is_coloured else Text("|".join(chunk.plain for chunk in chunks))
+    for each in (Text(legend), shown, Text()):
+        console.print(each, soft_wrap=True)  # as it is: no line broken, no blanks at its end dropped
 
 
 def table_in_terminal(table: Table) -> str:

@@ -12,6 +12,7 @@ from rich.table import Column
 
 # How each number is written; a name that is not listed gets four significant digits.
 FIELD_FORMATS = {"bits/byte": ".3f", "bytes/s": ",.0f", "boundary rate": ".3f", "overflowed boundaries": ",.0f"}
+SELDOM_SECONDS = 5.0  # between lines on work that is short most of the time
 
 
 class Progress:
@@ -38,6 +39,7 @@ class Progress:
         self._clock = clock
         self._is_active = jax.process_index() == 0
         self._first: tuple[int, float] | None = None  # step and time of the first update
+        self._shown_at: float | None = None           # by `seldom`
         self._live: rich.progress.Progress | None = None
         console = Console(file=self._file)
         if self._is_active and self._file.isatty() and not console.is_dumb_terminal:
@@ -67,9 +69,18 @@ class Progress:
         parts.append(f"eta {self._time_left(step, now)}")
         line = "  ".join(parts)
         if self._live:
-            self._live.update(self._task, completed=step, description=line)
+            self._live.update(self._task, completed=step, total=self._total_steps, description=line)
         else:
             self.message(line)
+
+    def seldom(self, step: int, total_steps: int) -> None:
+        """Shows that `step` of so many are done, at most every SELDOM_SECONDS and neither at first nor at last."""
+        self._total_steps, now = total_steps, self._clock()
+        if self._shown_at is None:  # with the first call the model compiled
+            self._shown_at, self._first = now, (step, now)
+        if step < total_steps and (self._live or now - self._shown_at >= SELDOM_SECONDS):
+            self._shown_at = now
+            self.update(step, {})
 
     def message(self, text: str) -> None:
         """Prints a line that stays, above the live line if there is one."""

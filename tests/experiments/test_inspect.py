@@ -7,6 +7,7 @@ import pytest
 
 from experiments import inspect
 from experiments.analysis.perturbations import perturb
+from experiments.data import ByteTokenizer
 from experiments.errors import UsageError
 from tests.experiments.pages.test_report import HOSTILE, Page
 from tests.support.models import random_params
@@ -21,7 +22,7 @@ def run_of(configs, tmp_path_factory):
     def make(name: str) -> SimpleNamespace:
         config = config_of(configs / f"{name}.py")
         return SimpleNamespace(workdir=tmp_path_factory.mktemp(f"{name}<i>"), config=config, step=3,
-                               params=lambda: random_params(config.model))
+                               params=lambda: random_params(config.model), tokenizer=ByteTokenizer)
 
     return make
 

@@ -1,22 +1,33 @@
 """A small model of tokens through every command: trained, resumed, moved, and measured per byte of text."""
+import contextlib
+import dataclasses
 import json
 import math
+import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
-from experiments import evaluate, generate, train
+from experiments import describe, evaluate, generate, inspect, report, sweep, train
+from experiments.analysis import boundaries
+from experiments.analysis.boundaries import chunk_texts
+from experiments.analysis.chunk_statistics import bits_per_byte
+from experiments.analysis.chunked_text import characters
+from experiments.analysis.flops import model_flops_per_byte
 from experiments.data import ByteTokenizer, open_tokenizer
 from experiments.data.source_text import read_source
 from experiments.errors import UsageError
 from experiments.runs.saved_run import SavedRun
 from experiments.training.batches import open_data
 from hnet import HNetLM, decode_state_bytes
+from tests.experiments.pages.test_report import Page
 from tests.experiments.test_commands import _refusal
-from tests.support.runs import results, saved_steps
+from tests.support.models import random_params
+from tests.support.runs import config_of, results, saved_steps
 from tests.support.small_tokenizer import write_tokenizer
 
 NUM_STEPS = 6
@@ -263,3 +274,136 @@ def test_a_chat_needs_a_template(token_run, finished_run, tmp_path):
     (workdir / "tokenizer_config.json").unlink()
     assert _refusal(generate.main, f"--workdir={workdir}", "--chat", "--prompt=a") == (
         f"--chat: {workdir}/tokenizer_config.json has no chat_template; write the prompt out")
+
+
+# Looking inside
+
+
+@pytest.fixture(scope="module")
+def two_stage_run(configs, tokenizer_path):
+    """A model of tokens with random weights that cuts its tokens into chunks, as `inspect` opens it."""
+    config = config_of(configs / "two_stage.py", f"data.tokenizer={tokenizer_path}", "model.vocab_size=320")
+    return SimpleNamespace(workdir=tokenizer_path.parent, config=config, step=3, tokenizer=lambda: open_tokenizer(
+        str(tokenizer_path)), params=lambda: random_params(config.model))
+
+
+TEXT = "the chunk of importing grün 123 and the end".encode() * 3
+
+
+@pytest.mark.parametrize("add_bos", [False, True])
+def test_results_of_tokens_are_spread_over_their_bytes(two_stage_run, tmp_path, add_bos):
+    """Against the model on the whole text, which fits into one window."""
+    config = dataclasses.replace(
+        two_stage_run.config, data=dataclasses.replace(two_stage_run.config.data, sequence_length=256))
+    tokenizer = open_tokenizer(str(write_tokenizer(tmp_path, add_bos_token=add_bos)))
+    params = two_stage_run.params()
+    (chunked,) = chunk_texts(config, params, [("t", TEXT)], tokenizer)
+    ids = tokenizer.encode(TEXT)
+    stream = np.concatenate([[tokenizer.bos] if add_bos else [], ids]).astype(np.int32)
+    output = jax.jit(HNetLM(config.model).apply)({"params": params}, stream[None])
+    log_p = jax.nn.log_softmax(output.logits[0])
+    nats = -np.asarray(log_p)[np.arange(len(stream) - 1), stream[1:]]
+    known = slice(0 if add_bos else 1, None)
+    assert np.isnan(chunked.token_nats()[0]) != add_bos
+    np.testing.assert_allclose(chunked.token_nats()[known], nats, atol=1e-4)
+    starts = np.cumsum(tokenizer.num_bytes[ids]) - tokenizer.num_bytes[ids]
+    assert np.flatnonzero(chunked.token_starts).tolist() == starts.tolist()
+    assert bits_per_byte(chunked) == pytest.approx(
+        nats.sum() / math.log(2) / tokenizer.num_bytes[ids[known]].sum(), rel=1e-5)
+    outer, inner = chunked.stages
+    seen = output.stages["stage0"]
+    np.testing.assert_array_equal(outer.is_boundary[starts], np.asarray(seen.boundary_mask[0])[int(add_bos) :])
+    np.testing.assert_allclose(outer.boundary_prob[starts], np.asarray(seen.boundary_prob[0])[int(add_bos) :],
+                               atol=1e-5)
+    elsewhere = np.setdiff1d(np.arange(len(TEXT)), starts)
+    assert np.isnan(outer.boundary_prob[elsewhere]).all() and not outer.is_boundary[elsewhere].any()
+    assert (inner.is_boundary <= outer.is_boundary).all()
+    (empty,) = chunk_texts(config, params, [("empty", b"")], tokenizer)
+    assert empty.nats.shape == (0,) and np.isnan(bits_per_byte(empty))
+
+
+def test_long_texts_of_tokens_are_read_in_windows_of_few_rows(two_stage_run, monkeypatch):
+    tokenizer, params, calls = two_stage_run.tokenizer(), two_stage_run.params(), []
+    texts = [("a", TEXT * 3), ("b", TEXT)]
+    together = chunk_texts(two_stage_run.config, params, texts, tokenizer)
+    monkeypatch.setattr(boundaries, "LARGEST_LOGITS", 2 * 32 * 320)
+    two_by_two = chunk_texts(two_stage_run.config, params, texts, tokenizer,
+                             on_call=lambda done, total: calls.append((done, total)))
+    assert calls == [(index, len(calls)) for index in range(1, len(calls) + 1)] and len(calls) > 3
+    for one, other in zip(together, two_by_two, strict=True):
+        np.testing.assert_allclose(one.nats, other.nats, atol=1e-4)
+        assert np.isfinite(one.nats[5:]).all()
+
+
+def test_inspect_shows_every_token_with_its_nats(two_stage_run, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(inspect.SavedRun, "from_command_line", lambda *_: contextlib.nullcontext(two_stage_run))
+    inspect.main(["--workdir=w", f"--html={tmp_path}/page.html", f"--text={TEXT.decode()}"])
+    shown = capsys.readouterr().out
+    tokenizer = two_stage_run.tokenizer()
+    tokens = [tokenizer.decode([index]) for index in tokenizer.encode(TEXT)]
+    mean = len(TEXT) / len(tokens)
+    assert f"\n{len(tokens)} tokens, {mean:.2f} bytes per token; {len(TEXT)} bytes, each |" in shown
+    line = next(line for line in shown.splitlines() if line.startswith("t["))
+    found = re.findall(r"(.*?)\[(-|\d+\.\d)\](?:\||$)", line)
+    assert [text for text, _ in found if "\\x" not in text] == [
+        token.decode() for token in tokens if token.isascii()]
+    assert [nats == "-" for _, nats in found] == [True] + [False] * (len(tokens) - 1)
+    assert re.search(r"^upper case +\d+ +\d", shown, re.M) and "stage0: " in shown
+    page = Page((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert page.bytes_of_pre == [TEXT] * 3  # tokens, and two stages
+    per_character = sum(len(list(characters(token))) for token in tokens[1:])
+    assert len(page.attributes("data-nats")) == per_character
+
+
+def test_inspect_refuses_bytes_that_the_vocabulary_lacks(token_run):
+    assert "cannot write: ff (hex), the first at byte 1" in _refusal(
+        inspect.main, f"--workdir={token_run}", "--text=a\udcff")
+
+
+def test_a_report_of_a_model_of_tokens_is_written(token_run, tmp_path, capsys):
+    workdir = shutil.copytree(token_run, tmp_path / "run")
+    report.main([f"--workdir={workdir}"])
+    page = (workdir / "report.html").read_text()
+    assert "data-nats" in page and "bytes per token" in page
+
+
+# Costs
+
+
+def test_a_model_of_tokens_is_described_in_tokens_from_its_workdir(token_run, capsys):
+    describe.main([f"--workdir={token_run}", "--config.model.context_length=640", "--json"])
+    told = json.loads(capsys.readouterr().out)
+    with SavedRun.open(token_run) as saved:
+        config = saved.config
+    forward = model_flops_per_byte(dataclasses.replace(config.model, context_length=640), 32, ())
+    assert told["flops"] == {"forward_per_token": forward, "training_per_token": 3 * forward,
+                             "training_per_step": 3 * forward * 16 * 32}
+    assert told["memory"]["decode_state_per_row"] == decode_state_bytes(config.model, 1, 640)
+    describe.main([f"--workdir={token_run}"])
+    text = capsys.readouterr().out
+    assert "work in rows of 32 tokens" in text and "forward, per token" in text
+    assert text.endswith("room for 32 tokens\n") and "begin a chunk" not in text and "byte" not in text
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ([], "neither of --config=NAME and --workdir=RUN given; give one"),
+    (["--config=quickstart", "--workdir=w"], "both of --config=NAME and --workdir=RUN given; give one"),
+    (["--workdir=/nowhere"], "no run has saved a checkpoint there"),
+])
+def test_describe_wants_a_config_or_a_run(arguments, message):
+    assert message in _refusal(describe.main, *arguments)
+
+
+def test_a_sweep_counts_work_per_byte_and_takes_runs_with_their_own_tokenizer(token_run, tokenizer_path, tmp_path):
+    workdir = shutil.copytree(token_run, tmp_path / "run")
+    with SavedRun.open(workdir) as saved:
+        asked = dataclasses.replace(saved.config.data, tokenizer=str(tokenizer_path))
+        config = dataclasses.replace(saved.config, data=asked)
+    run = sweep.Run("run", 0, config, workdir, [])
+    sweep._refuse_another_config(run)
+    corpus = json.loads((workdir / "manifest.json").read_text())["corpus"]
+    assert sweep.result_of(run).flops_per_byte == pytest.approx(
+        model_flops_per_byte(config.model, 32, ()) * corpus["tokens"] / corpus["bytes"])
+    of_bytes = dataclasses.replace(config, data=dataclasses.replace(asked, tokenizer=""))
+    with pytest.raises(UsageError, match=r"was trained with config\.data\.tokenizer 'tokenizer\.json'"):
+        sweep._refuse_another_config(dataclasses.replace(run, config=of_bytes))

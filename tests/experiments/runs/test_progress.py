@@ -80,3 +80,11 @@ def test_other_processes_print_nothing(monkeypatch):
 def test_a_field_without_a_format_gets_four_digits():
     assert format_field("grad norm", 0.123456) == "grad norm 0.1235"
     assert format_field("grad norm", "n/a") == "grad norm n/a"
+
+
+def test_short_work_prints_nothing_and_long_work_a_line_now_and_then():
+    file, seconds = io.StringIO(), iter([0.0, 4.0, 7.0, 7.0, 8.0, 100.0])
+    progress = Progress(0, unit="batch", file=file, clock=seconds.__next__)
+    for step in range(1, 6):
+        progress.seldom(step, 5)
+    assert file.getvalue() == "batch 3/5  eta 0:00:07\n"  # 7 s for two batches after the first, two to go
