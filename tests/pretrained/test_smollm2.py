@@ -1,6 +1,8 @@
 """SmolLM2-135M-Instruct against a float64 forward by other code: weights, ids, logits, everything between."""
+import dataclasses
 import hashlib
 import json
+import shutil
 from functools import partial
 
 import jax
@@ -8,11 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hnet import Sampling, generate
+from experiments import export_weights
+from experiments.data.tokenizer import open_tokenizer
+from experiments.weights.tensor_files import open_tensors
+from hnet import HNetLM, Sampling, generate
 from hnet.stack import Block
 from layers import RMSNorm
 from tests.support.assertions import (
     PRETRAINED_ATTENTION_ERROR,
+    PRETRAINED_BFLOAT16_MEAN_NATS,
     PRETRAINED_HIDDEN_LIMIT,
     PRETRAINED_LOGITS_ERROR,
     PRETRAINED_NATS_ERROR,
@@ -92,6 +98,17 @@ def test_rows_of_queries_and_keys_are_in_halves_in_the_file_as_read_and_in_the_r
     np.testing.assert_array_equal(stored["blk.0.attn_q.weight"][1, :8], data["q0_row1_gguf_first8"])
     np.testing.assert_array_equal(
         tensors["model.layers.0.self_attn.q_proj.weight"][1, :8], data["q0_row1_halfsplit_first8"])
+
+
+def test_an_exported_directory_has_every_tensor_bit_by_bit_and_the_tokenizer(smollm2, tmp_path):
+    export_weights.main(["llama", f"--workdir={smollm2.workdir}", str(tmp_path / "out")])
+    written, wanted = open_tensors(tmp_path / "out"), smollm2.weights.tensors
+    assert set(written) == set(wanted)
+    for name in wanted:
+        np.testing.assert_array_equal(written[name], wanted[name], strict=True, err_msg=name)
+    exported = open_tokenizer("tokenizer.json", workdir=tmp_path / "out")
+    assert exported.fingerprint == smollm2.tokenizer.fingerprint and exported.eos == smollm2.tokenizer.eos
+    shutil.rmtree(tmp_path / "out")  # half a gigabyte
 
 
 # Tokens
@@ -231,22 +248,30 @@ def test_forgetting_the_order_of_rows_costs_two_nats_per_token(smollm2, one_pass
     params = jax.tree.map(lambda leaf: leaf, smollm2.params)
     params["stage0"]["encoder"]["run0"]["mixer"] = forgotten
     text = max(texts, key=lambda text: len(text["ids"]))
-    nats = _nats(smollm2, params, text["ids"])
+    nats = _nats(smollm2.model, params, text["ids"])
     assert nats.mean() - float(text["mean_nats"]) > 2
+
+
+def test_bfloat16_changes_the_mean_by_thousandths_of_a_nat(smollm2, texts):
+    """Its rounding is 0.4 in single logits, and averages out; the residual stream stays float32."""
+    text = max(texts, key=lambda text: len(text["ids"]))
+    model = HNetLM(dataclasses.replace(smollm2.config, dtype="bfloat16"))
+    error = _nats(model, smollm2.params, text["ids"]).mean() - float(text["mean_nats"])
+    assert 0 < abs(error) <= PRETRAINED_BFLOAT16_MEAN_NATS
 
 
 # A long text, and a continuation
 
 
-def _nats(smollm2, params, ids):
+def _nats(model, params, ids):
     """Nats of every token after the first; logits are made a few positions at a time."""
     @jax.jit
     def hidden(params, tokens):
         # Nothing but the last norm is asked for, so that XLA leaves out the head.
-        _, seen = smollm2.model.apply(
+        _, seen = model.apply(
             {"params": params}, tokens, mutable="intermediates",
             capture_intermediates=lambda module, _: module.name == "final_norm")
-        return seen["intermediates"]["stage0"]["encoder"]["final_norm"]["__call__"][0][0]
+        return seen["intermediates"]["stage0"]["encoder"]["final_norm"]["__call__"][0][0].astype(jnp.float32)
 
     @jax.jit
     def nats(embedding, h, targets):
@@ -259,7 +284,7 @@ def _nats(smollm2, params, ids):
 
 
 def test_nats_per_window_of_a_long_text_are_those_of_the_vectors(smollm2, long_data):
-    nats = _nats(smollm2, smollm2.params, long_data["ids"])
+    nats = _nats(smollm2.model, smollm2.params, long_data["ids"])
     assert np.abs(nats - long_data["nats"]).max() <= PRETRAINED_NATS_ERROR
     windows = long_data["window_mean_nats"]
     size = len(long_data["ids"]) // len(windows)

@@ -26,6 +26,7 @@ GOLDEN_LOSS_ERROR = 2e-5
 # by 1e-4 in logits (5e-4 at 4,096 tokens), 5e-5 in nats (5e-4), 3e-6 in attention weights, 6e-5 in rotated keys.
 PRETRAINED_LOGITS_ERROR = 1e-3
 PRETRAINED_NATS_ERROR = 1e-3
+PRETRAINED_BFLOAT16_MEAN_NATS = 2e-3  # the mean over a text, in bfloat16; other code differs by 3e-4
 PRETRAINED_ATTENTION_ERROR = 1e-5
 PRETRAINED_ROTATED_ERROR = 2e-4
 # Over the row's largest value. The last blocks cancel most of 26,000 at position 0, but not its rounding.
