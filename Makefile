@@ -2,6 +2,7 @@
 # make test    checks style and runs the tests, except those marked slow, which make test-slow runs
 # make lint    checks style
 # make pretrained   makes runs/smollm2, a language model of 135 million parameters, once into the user's cache folder
+# make rivals   times that model against other packages, in environments of their own that it makes
 # make test-pretrained   tests on that model
 # make test-tpu-aot, test-cuda-aot   compile kernels, and the train step, for TPUs and for a Hopper GPU without one
 PYTHON ?= python3
@@ -21,6 +22,9 @@ test-slow: $(STAMP)
 
 pretrained: $(STAMP)
 	$(RUN) -m experiments.pretrained --link=runs/smollm2
+
+rivals: $(STAMP)
+	$(RUN) -m experiments.benchmarks.language_model --workdir=runs/smollm2 --install
 
 test-pretrained: $(STAMP)
 	$(RUN) -m pytest -m slow tests/pretrained
@@ -53,4 +57,4 @@ $(STAMP): pyproject.toml
 clean:
 	rm -rf $(VENV) runs
 
-.PHONY: train test test-slow pretrained test-pretrained test-tpu-aot test-cuda-aot lint clean
+.PHONY: train test test-slow pretrained rivals test-pretrained test-tpu-aot test-cuda-aot lint clean

@@ -31,8 +31,8 @@ def interleaved_seconds(
     return {name: statistics.median(each) for name, each in seconds.items()}
 
 
-def write_results(name: str, rows: list[dict[str, Any]], directory: Path) -> Path:
-    """Writes `rows` with device, versions and commit to directory/<name>_<device>.json, and prints them."""
+def write_results(name: str, rows: list[dict[str, Any]], directory: Path, **facts: Any) -> Path:
+    """Writes rows, facts, device, versions and commit to directory/<name>_<device>.json, and prints the rows."""
     device = jax.devices()[0]
     kind = device.device_kind.replace(" ", "_").lower()
     path = directory / f"{name}_{kind}.json"
@@ -40,7 +40,7 @@ def write_results(name: str, rows: list[dict[str, Any]], directory: Path) -> Pat
     record = {
         "benchmark": name, "device": device.device_kind, "device_count": jax.device_count(),
         "machine": platform.machine(), "jax": jax.__version__, "python": platform.python_version(),
-        "commit": git_state()["commit"], "rows": rows,
+        "commit": git_state()["commit"], **facts, "rows": rows,
     }
     path.write_text(json.dumps(record, indent=2) + "\n")
     columns = list(rows[0])

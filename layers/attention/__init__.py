@@ -6,6 +6,7 @@
   mask           which keys a query may see: masks that compose, and the tokens they read
   bounds         bounds of blocks of tokens, from which masks tell the tiles worth computing
   dense          dense attention: reference, XLA, cuDNN, tokamax
+  blockwise      dense attention in blocks of scores, for long prompts on CPUs
   softcap        bounded scores and their slope
   block_lists    which blocks of keys a block of queries reads
   block_sparse/  attention over block lists: XLA, TPU and GPU kernels
