@@ -8,9 +8,9 @@
 around them.
 """
 import codecs
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache, partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -137,32 +137,61 @@ def generate(
                 return
 
 
+class TextTokenizer(Protocol):
+    """Text as tokens: `bos` is put ahead of a document, `eos` ends one; None where there is no such token."""
+
+    bos: int | None
+    eos: int | None
+    vocab_size: int
+
+    def encode(self, text: bytes) -> Iterable[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> bytes: ...
+
+
 def generate_text(
     model: HNetLM,
     params: Any,
     prompts: Sequence[str],
     *,
-    num_bytes: int,
+    num_bytes: int | None = None,
     bos: int = BOS,
+    tokenizer: TextTokenizer | None = None,
+    num_tokens: int | None = None,
     **options: Any,
 ) -> Iterator[list[str]]:
-    """Streams text: yields, byte after byte, what each row's text has gained, which is seldom nothing.
+    """Streams text: yields, token after token, what each row's text has gained, which is seldom nothing.
 
     A character comes when its last byte has; bytes that are not UTF-8 come as U+FFFD. Joined, a row's strings are
     the decoding of its bytes.
 
     Args:
       prompts: text to continue; "" begins a new document.
-      bos: the token ahead of every prompt.
+      num_bytes: bytes to add, by a model of bytes.
+      bos: the byte ahead of every prompt of a model of bytes.
+      tokenizer: of a model of tokens; None = tokens are bytes. Its eos ends a text, and is not in it.
+      num_tokens: tokens to add, with a tokenizer.
       options: of `generate`.
+    Raises:
+      ValueError: num_bytes with a tokenizer, or num_tokens without; besides, as `generate` does.
     """
+    if (tokenizer is None) != (num_tokens is None) or (num_tokens is None) == (num_bytes is None):
+        raise ValueError(f"num_bytes {num_bytes} and num_tokens {num_tokens}: give num_bytes for a model of "
+                         "bytes, and num_tokens together with a tokenizer")
     readers = [codecs.getincrementaldecoder("utf-8")("replace") for _ in prompts]
     for reader, prompt in zip(readers, prompts, strict=True):
         reader.decode(_to_bytes(prompt))  # a character may begin in the prompt
-    tokens = [[bos, *_to_bytes(prompt)] for prompt in prompts]
-    for drawn in generate(model, params, tokens, num_tokens=num_bytes, num_allowed=256, **options):
-        yield [reader.decode(b"" if byte < 0 else bytes([byte]))
-               for reader, byte in zip(readers, drawn.tolist(), strict=True)]
+    if tokenizer is None:
+        begin, eos, encode, decode = [bos], None, list, bytes
+        settings = {"num_tokens": num_bytes, "num_allowed": 256}
+    else:
+        begin, eos, encode, decode = [tokenizer.bos], tokenizer.eos, tokenizer.encode, tokenizer.decode
+        settings = {"num_tokens": num_tokens, "num_allowed": tokenizer.vocab_size, "eos": eos}
+    begin = [token for token in begin if token is not None]
+    tokens = [[*begin, *encode(_to_bytes(prompt))] for prompt in prompts]
+    for drawn in generate(model, params, tokens, **settings | options):
+        yield [reader.decode(b"" if token in (-1, eos) else decode([token]))
+               for reader, token in zip(readers, drawn.tolist(), strict=True)]
     yield [reader.decode(b"", final=True) for reader in readers]
 
 

@@ -129,3 +129,35 @@ def test_streamed_text_is_the_decoding_of_the_bytes_and_every_part_of_it_is_vali
         kept = prompt.encode("utf-8", "surrogateescape").decode("utf-8", "ignore")
         assert kept + text == whole
     assert any("\ufffd" in part for row in parts for part in row) and len(parts) == 41
+
+
+class Pairs:
+    """Tokens 0 to 99 stand for a byte and the space after it."""
+
+    bos, eos, vocab_size = None, 24, 100
+
+    def encode(self, text: bytes) -> list[int]:
+        return [byte - 32 for byte in text[::2]]
+
+    def decode(self, ids) -> bytes:
+        return b"".join(bytes([index + 32, 32]) for index in ids)
+
+
+def test_text_of_tokens_goes_through_a_tokenizer_up_to_its_end_token():
+    model, sampling, tokenizer = HNetLM(TEXT_CONFIG), Sampling(temperature=2.0), Pairs()
+    parts = list(generate_text(model, TEXT_PARAMS, ["a b ", "z "], tokenizer=tokenizer, num_tokens=60,
+                               sampling=sampling, seeds=[3, 8]))
+    drawn = np.stack(list(generate(
+        model, TEXT_PARAMS, [[65, 66], [90]], num_tokens=60, sampling=sampling, num_allowed=100, seeds=[3, 8])), 1)
+    for row, ids in enumerate(drawn.tolist()):
+        kept = ids[: ids.index(24)] if 24 in ids else ids
+        assert "".join(part[row] for part in parts) == tokenizer.decode(kept).decode("utf-8", "replace")
+    assert (drawn == 24).any()
+
+
+@pytest.mark.parametrize("counts", [
+    {}, {"num_bytes": 3, "num_tokens": 3}, {"num_tokens": 3}, {"tokenizer": Pairs(), "num_bytes": 3},
+    {"tokenizer": Pairs(), "num_bytes": 3, "num_tokens": 3}])
+def test_text_has_one_count_that_fits_its_tokens(counts):
+    with pytest.raises(ValueError, match="give num_bytes for a model of bytes, and num_tokens together with"):
+        next(generate_text(HNetLM(TEXT_CONFIG), TEXT_PARAMS, ["a"], **counts))
