@@ -12,6 +12,16 @@ from hnet import HNetConfig, HNetLM, init_decode_state, prefill, step
 from hnet.generation import LARGEST_PIECE
 
 
+class Stopwatch:
+    """Seconds since it was made: on the clock, and on the processors by this process."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter(), time.process_time()
+
+    def read(self) -> tuple[float, float]:
+        return time.perf_counter() - self._start[0], time.process_time() - self._start[1]
+
+
 class Decoder:
     """A model, its weights in its dtype, and the state of the batch that it decodes.
 
@@ -42,13 +52,13 @@ class Decoder:
         padding = (0, 0), (0, num_pieces * size - tokens.shape[1])
         is_token = np.pad(np.ones_like(tokens), padding)
         tokens = np.pad(tokens, padding)
-        start = time.perf_counter()
+        start = Stopwatch()
         for piece in np.split(np.arange(tokens.shape[1]), num_pieces):
             logits, state = self._read(self._params, tokens[:, piece], is_token[:, piece], state)
         logits.block_until_ready()
-        seconds = time.perf_counter() - start
+        times = start.read()
         self._state = state
-        return Turn(seconds, np.asarray(logits))
+        return Turn(*times, np.asarray(logits))
 
     def repeat(self, rows: int) -> None:
         """Makes the state of one row that of many."""
@@ -60,10 +70,10 @@ class Decoder:
     def decode(self, tokens: np.ndarray) -> Turn:
         """Reads tokens [rows, steps] one step at a time, and continues from there at the next call."""
         state, self._state = self._state, None  # donated
-        start = time.perf_counter()
+        start = Stopwatch()
         for column in tokens.T:
             logits, state = self._next(self._params, column, state)
         logits.block_until_ready()
-        seconds = time.perf_counter() - start
+        times = start.read()
         self._state = state
-        return Turn(seconds, np.asarray(logits))
+        return Turn(*times, np.asarray(logits))

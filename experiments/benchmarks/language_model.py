@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import os
 import shlex
+import statistics
 import sys
 import tempfile
 from collections.abc import Callable
@@ -99,17 +100,19 @@ def _row(
     dtype = ours.config.dtype
     case = f"{work}, rows={size}, {dtype}"
     print(case, file=sys.stderr)
-    theirs = ratio = None
+    theirs = ratio = cpu_ratio = None
     if rival is None:
         our_turn()  # compiles
-        own = Times(tuple(our_turn().seconds for _ in range(arguments.rounds)))
+        own = Times.of([our_turn() for _ in range(arguments.rounds)])
     else:
         both = contest(case, our_turn, their_turn, rounds=arguments.rounds, tolerance=TOLERANCE[dtype])
-        own, theirs, ratio = both.ours, both.rival, both.ratio
+        own, theirs, ratio, cpu_ratio = both.ours, both.rival, both.ratio, both.cpu_ratio
     steps = 1 if work == "prefill" else arguments.steps
-    row = {"work": work, "rows": size, "prompt": arguments.prompt, "dtype": dtype, "ratio": ratio}
+    row = {"work": work, "rows": size, "prompt": arguments.prompt, "dtype": dtype, "ratio": ratio,
+           "cpu_ratio": cpu_ratio}
     for side, times in (("ours", own), ("rival", theirs)):
         row[f"{side}_milliseconds"] = times and 1e3 * times.median / steps
+        row[f"{side}_cpu_milliseconds"] = times and 1e3 * statistics.median(times.cpu_seconds) / steps
         row[f"{side}_spread"] = times and [1e3 * seconds / steps for seconds in times.spread]
     return row
 
@@ -123,10 +126,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         return f"{row[f'{side}_milliseconds']:,.4g} ({low:,.4g} to {high:,.4g})"
 
     return markdown_table(
-        ("work", "rows", "dtype", "ours, ms", f"{FAMILY}, ms", "ours / rival"),
+        ("work", "rows", "dtype", "ours, ms", f"{FAMILY}, ms", "ratio", "of processor time"),
         [(WORK[row["work"]].format(row["prompt"]), str(row["rows"]), row["dtype"], spread(row, "ours"),
           spread(row, "rival"),
-          "" if row["ratio"] is None else f"{row['ratio']:.2f}") for row in rows])
+          *("" if row[name] is None else f"{row[name]:.2f}" for name in ("ratio", "cpu_ratio"))) for row in rows])
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -174,7 +177,7 @@ def _start(stack: ExitStack, interpreter: Path | None, threads: int) -> RivalPro
 
 def _turn(rival: RivalProcess, function: str, tokens: np.ndarray) -> Turn:
     answer = rival.call(function, tokens=tokens.tolist())
-    return Turn(answer["seconds"], answer["logits"])
+    return Turn(answer["seconds"], answer["cpu_seconds"], answer["logits"])
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Two sides compute the same and take turns, so that a machine that slows down slows both."""
 import dataclasses
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,9 +10,10 @@ from experiments.errors import RunError
 
 
 class Turn(NamedTuple):
-    """One turn of a side: the seconds that it took by its own clock, and its result."""
+    """One turn of a side: the seconds that it took by its own clock and on its processors, and its result."""
 
     seconds: float
+    cpu_seconds: float
     result: np.ndarray
 
 
@@ -21,6 +22,11 @@ class Times:
     """Seconds of one side over the rounds."""
 
     seconds: tuple[float, ...]
+    cpu_seconds: tuple[float, ...]
+
+    @classmethod
+    def of(cls, turns: Sequence[Turn]) -> "Times":
+        return cls(tuple(turn.seconds for turn in turns), tuple(turn.cpu_seconds for turn in turns))
 
     @property
     def median(self) -> float:
@@ -40,9 +46,17 @@ class Contest(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """Median of ours over the rival's, round by round; below 1 we are faster."""
-        return statistics.median(
-            ours / rival for ours, rival in zip(self.ours.seconds, self.rival.seconds, strict=True))
+        """Our time over the rival's, the median over the rounds; below 1 we are faster."""
+        return _median_ratio(self.ours.seconds, self.rival.seconds)
+
+    @property
+    def cpu_ratio(self) -> float:
+        """The same of the time on processors, which other work on the machine changes less."""
+        return _median_ratio(self.ours.cpu_seconds, self.rival.cpu_seconds)
+
+
+def _median_ratio(ours: Sequence[float], rival: Sequence[float]) -> float:
+    return statistics.median(a / b for a, b in zip(ours, rival, strict=True))
 
 
 def contest(
@@ -57,14 +71,14 @@ def contest(
       RunError: results differ; no time is then known.
     """
     check_equal(case, ours().result, rival().result, tolerance)
-    seconds: dict[str, list[float]] = {"ours": [], "rival": []}
+    all_turns: dict[str, list[Turn]] = {"ours": [], "rival": []}
     for index in range(rounds):
         turns = {}
         for name in ("ours", "rival") if index % 2 == 0 else ("rival", "ours"):
             turns[name] = (ours if name == "ours" else rival)()
-            seconds[name].append(turns[name].seconds)
+            all_turns[name].append(turns[name])
         check_equal(case, turns["ours"].result, turns["rival"].result, tolerance)
-    return Contest(Times(tuple(seconds["ours"])), Times(tuple(seconds["rival"])))
+    return Contest(Times.of(all_turns["ours"]), Times.of(all_turns["rival"]))
 
 
 def check_equal(case: str, ours: np.ndarray, rival: np.ndarray, tolerance: float) -> None:
