@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
-from experiments.pages.pictures import Line, Lines, Row, Rows, draw, picture
+from experiments.pages.pictures import Cells, Line, Lines, Row, Rows, draw, picture
 
 SVG = "{http://www.w3.org/2000/svg}"
 X = np.array([10, 20])
@@ -74,3 +74,18 @@ def test_panels_lie_below_each_other_inside_the_picture():
     upper, lower = (axes.get_position() for axes in draw([LINES, ROWS]).axes)
     assert upper.y1 <= 1 and lower.y1 < upper.y0 and lower.y0 >= 0
     assert 0 <= upper.x0 == lower.x0 and upper.x1 < 1
+
+
+def test_cells_are_coloured_by_their_values_and_hold_their_texts():
+    values = np.array([[1.0, 0.0], [np.nan, 0.5]])
+    cells = Cells("needle", ["0.1", "0.9"], ["512", "1,024"], values, [["100 %", "0 %"], ["", "50 %"]], "tokens")
+    figure = draw([cells, LINES])
+    axes = figure.axes[0]
+    placed = {(round(patch.get_x()), round(patch.get_y())): to_hex(patch.get_facecolor())
+              for patch in axes.patches}
+    assert placed.keys() == {(0, 0), (1, 0), (1, 1)}, "a cell of NaN is left out"
+    assert len(set(placed.values())) == 3
+    texts = {each.get_text(): each.get_position() for each in axes.texts if "%" in each.get_text()}
+    assert texts == {"100 %": (0.5, 0.5), "0 %": (1.5, 0.5), "50 %": (1.5, 1.5)}
+    assert [each.get_text() for each in axes.get_yticklabels()] == ["0.1", "0.9"] and axes.get_ylim() == (2, 0)
+    assert "<image" not in picture([cells])
