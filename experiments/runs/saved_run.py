@@ -12,7 +12,7 @@ from experiments.config import RunConfig
 from experiments.config.codec import flat_fields
 from experiments.config.command_line import apply_overrides, split_overrides
 from experiments.config.files import config_from_saved
-from experiments.data import Corpus, Tokenizer
+from experiments.data import ByteTokenizer, Corpus, Tokenizer
 from experiments.data.token_corpus import TokenCorpus
 from experiments.errors import UsageError
 from experiments.runs.checkpoints import Checkpoints, MisfitError
@@ -128,7 +128,7 @@ def start_or_resume(
       UsageError: the run is another one than `config` describes, or weights to start from are missing or unfit.
     """
     if checkpoints.latest_step() is None:
-        return _start(config, program), 0.0
+        return _start(config, program, corpus), 0.0
     saved = SavedRun(checkpoints)
     if saved.meta.get("contents") == PARAMETERS_ONLY:
         raise UsageError(f"--workdir={saved.workdir} holds imported weights without an optimizer's state; "
@@ -149,12 +149,14 @@ def start_or_resume(
     return state, saved.meta["train_seconds"]
 
 
-def _start(config: RunConfig, program: Program) -> TrainState:
+def _start(config: RunConfig, program: Program, corpus: Corpus | TokenCorpus | None) -> TrainState:
     """Draws random weights, and replaces those that `init_from` or, of the boundary_lm, `boundary_lm_from` has."""
     wanted, model = program.abstract_state.params, config.model
     found: dict[str, Any] = {}
     if config.init_from:
         with SavedRun.open(config.init_from, field="config.init_from") as source:
+            if corpus is not None:
+                _check_same_tokens(source, corpus)
             has_lm = source.config.model.boundary_lm is not None
             found |= source.params({name: wanted[name] for name in wanted if has_lm or name != "boundary_lm"})
         print(f"starting from the weights of {config.init_from}", flush=True)
@@ -178,6 +180,15 @@ def _start(config: RunConfig, program: Program) -> TrainState:
         return program.start(found)
     state = program.init(jax.random.key(config.seed))
     return program.start(state.params | found) if found else state
+
+
+def _check_same_tokens(source: SavedRun, corpus: Corpus | TokenCorpus) -> None:
+    """Refuses weights to start from whose ids stand for other text than those of `corpus`."""
+    if source.tokenizer().fingerprint != corpus.fingerprint.get("tokenizer", ByteTokenizer.fingerprint):
+        name = source.config.data.tokenizer
+        theirs = f"the tokens of {source.workdir / name}" if name else "bytes"
+        raise UsageError(f"config.init_from={source.workdir} reads {theirs}, and this run reads others; "
+                         f"set --config.data.tokenizer={source.workdir / name if name else ''}")
 
 
 def _on_one_device(shapes: Any) -> Any:

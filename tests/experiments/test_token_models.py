@@ -96,6 +96,18 @@ def test_another_tokenizer_is_another_corpus(token_run, train_tokens, tmp_path):
     assert (workdir / "tokenizer.json").read_text() == (token_run / "tokenizer.json").read_text()
 
 
+def test_weights_to_start_from_must_read_the_same_tokens(token_run, train_tokens, tmp_path, capsys):
+    settings = f"--config.init_from={token_run}", "--config.num_steps=1"
+    other = write_tokenizer(tmp_path / "other", pre="gpt-2")
+    message = (f"config.init_from={token_run} reads the tokens of {token_run}/tokenizer.json, and this run reads "
+               f"others; set --config.data.tokenizer={token_run}/tokenizer.json")
+    for tokenizer in (other, ""):
+        with pytest.raises(UsageError, match=re.escape(message)):
+            train_tokens(tmp_path / f"of {bool(tokenizer)}", *settings, f"--config.data.tokenizer={tokenizer}")
+    assert train_tokens(tmp_path / "same", *settings) == 0
+    assert "starting from the weights of" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("overrides", "message"), [
     (["model.vocab_size=257"], r"has ids up to 2\d\d, and config\.model\.vocab_size is 257; set it to 2\d\d or"),
     (["data.tokenizer=nowhere/tokenizer.json"], "there is no such file"),
