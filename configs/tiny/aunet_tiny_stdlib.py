@@ -6,7 +6,8 @@ A word is represented by the vector of the byte after it, which has seen the who
 SpaceByte's rule. Every byte reads the output of its chunk, where AU-Net has a separate map for each place in a
 chunk.
 
-Not measured here: neither its time nor its bits per byte is on record. 564,192 parameters.
+Measured: 2 CPU cores beside much other work, 8 min 9 s; 2.66 bits per byte on held-out text (one seed, jax
+0.10.2, commit 01de057). 564,192 parameters.
 """
 from configs.tiny._tiny import attention_stage, byte_stage, tiny_run
 from experiments.config import RunConfig

@@ -5,7 +5,8 @@
 A patch is the mean of its bytes' vectors, where MegaByte concatenates their embeddings; and attention over bytes
 reaches back across patches.
 
-Not measured here: neither its time nor its bits per byte is on record. 488,704 parameters.
+Measured: 2 CPU cores beside much other work, 8 min 9 s; 2.50 bits per byte on held-out text (one seed, jax
+0.10.2, commit 01de057). 488,704 parameters.
 """
 from configs.tiny._tiny import attention_stage, byte_stage, tiny_run
 from experiments.config import RunConfig

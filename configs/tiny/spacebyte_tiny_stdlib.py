@@ -6,7 +6,8 @@ Chunks begin by SpaceByte's rule. The paths in and out are H-Net's: a linear res
 padding to the wider stage, and every byte reads the output of its chunk. Words of this corpus have 8.2 bytes with
 the space before them, because indentation counts as one space.
 
-Not measured here: neither its time nor its bits per byte is on record. 529,792 parameters.
+Measured: 2 CPU cores beside much other work, 8 min 59 s; 2.46 bits per byte on held-out text (one seed, jax
+0.10.2, commit 01de057). 529,792 parameters.
 """
 from configs.tiny._tiny import attention_stage, byte_stage, tiny_run
 from experiments.config import RunConfig
