@@ -51,9 +51,7 @@ class BPETokenizer:
         self._config_path = path.with_name("tokenizer_config.json")
         self._config = _read_config(self._config_path)
         self.eos = self._special("eos_token")
-        self.bos = self._special("bos_token") if self._config.get("add_bos_token") else None
-        if self._config.get("add_bos_token") and self.bos is None:
-            raise UsageError(f"{self._config_path}: add_bos_token is set, and there is no bos_token; add it")
+        self.bos = self._find_bos()
         self.fingerprint = hashlib.sha256(f"bos {self.bos}\n{text}".encode()).hexdigest()
         self._encode_writable(self.without_unwritable(PROBE.encode()))  # a file that loses text is refused now
 
@@ -112,6 +110,18 @@ class BPETokenizer:
 
     def _unwritable(self, text: bytes) -> list[int]:
         return sorted(set(text) - self._single.keys())
+
+    def _find_bos(self) -> int | None:
+        """Returns the token ahead of documents: as `add_bos_token` says or, without it, as tokenizer.json does."""
+        if "add_bos_token" not in self._config:
+            plain, whole = self._encode_whole("a"), self._tokenizer.encode("a", add_special_tokens=True).ids
+            return whole[0] if len(whole) > len(plain) and whole[1 : 1 + len(plain)] == plain else None
+        if not self._config["add_bos_token"]:
+            return None
+        bos = self._special("bos_token")
+        if bos is None:
+            raise UsageError(f"{self._config_path}: add_bos_token is set, and there is no bos_token; add it")
+        return bos
 
     def _special(self, name: str) -> int | None:
         content = _content(self._config.get(name))

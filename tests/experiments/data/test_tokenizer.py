@@ -88,6 +88,21 @@ def test_special_tokens_come_from_the_file_beside(tmp_path, bpe):
         bare.render_chat([])
 
 
+def test_without_add_bos_token_the_tokenizer_itself_says_whether_there_is_a_bos(path, tmp_path):
+    import tokenizers
+
+    made = tokenizers.Tokenizer.from_file(str(path))
+    for template, bos in (("<|user|> $A", 1), ("$A <|end|>", None), ("<|pad|> $A <|end|>", 0)):
+        made.post_processor = tokenizers.processors.TemplateProcessing(
+            single=template, special_tokens=[("<|pad|>", 0), ("<|user|>", 1), ("<|end|>", 2)])
+        made.save(str(tmp_path / "tokenizer.json"))
+        (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
+        tokenizer = open_tokenizer(str(tmp_path / "tokenizer.json"))
+        assert tokenizer.bos == bos and _words(tokenizer, b"ab") == [b"a", b"b"]
+        (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": false}')
+        assert open_tokenizer(str(tmp_path / "tokenizer.json")).bos is None
+
+
 def test_fingerprints_tell_tokenizers_apart(tmp_path, bpe):
     same = open_tokenizer(str(write_tokenizer(tmp_path)))
     assert same.fingerprint == bpe.fingerprint != ByteTokenizer().fingerprint
