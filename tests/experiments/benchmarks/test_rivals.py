@@ -129,7 +129,8 @@ def test_the_extra_of_rivals_lists_what_their_environments_get():
 
 def test_a_table_says_that_a_rival_is_not_installed():
     row = {"work": "decode", "rows": 8, "prompt": 2048, "dtype": "float32", "ratio": None, "cpu_ratio": None,
-           "ours_milliseconds": 12.5, "ours_spread": [12.0, 14.0], "rival_milliseconds": None, "rival_spread": None}
+           "ours_milliseconds": 12.5, "ours_spread": [12.0, 14.0], "rival_milliseconds": None,
+           "rival_spread": None}
     line = language_model.table([row]).splitlines()[-1]
     assert [cell.strip() for cell in line.strip("|").split("|")] == [
         "a step after 2,048 tokens", "8", "float32", "12.5 (12 to 14)", "not installed", "", ""]
