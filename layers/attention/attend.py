@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from layers.array_types import Array, Float, typed
-from layers.arrays.dispatch import by_platform
 from layers.attention.attended import Attended, add_sinks
 from layers.attention.block_lists import BlockLists
 from layers.attention.block_sparse import attend_to_blocks
@@ -16,7 +15,6 @@ from layers.attention.dense import attend_dense, attend_reference
 from layers.attention.mask import CAUSAL, SAME_SEGMENT, Mask, TokenInfo, check_tokens, pairs, token_info
 
 Implementation = Literal["auto", "reference", "xla", "blockwise", "cudnn", "tokamax", "pallas_tpu", "pallas_gpu"]
-FEW_QUERIES = 64  # up to here all scores are no more than a few of a prompt's
 DEFAULT_MASK = CAUSAL & SAME_SEGMENT
 DENSE = ("reference", "xla", "blockwise", "cudnn", "tokamax")
 SPARSE = ("reference", "xla", "pallas_tpu", "pallas_gpu")
@@ -64,10 +62,9 @@ def attend(
       implementation: "reference" is the float32 spec. Dense: "xla" and "cudnn" (NVIDIA GPUs, bfloat16) are those
         of jax.nn.dot_product_attention, whose matmuls run in the input dtype; "blockwise" never has all scores
         at once, and skips blocks in which no pair is allowed; "tokamax" is that package's choice for the device,
-        where it is installed; "auto" means "xla", or on CPUs "blockwise" where many queries read a cache. With
-        blocks: "xla" runs anywhere, in memory that does not grow with t * s; "pallas_tpu" and "pallas_gpu"
-        (Hopper, bfloat16) are kernels; "auto" is the kernel of the platform that the program is compiled for, or
-        "xla" where it lacks the case, which is logged once.
+        where it is installed; "auto" means "xla". With blocks: "xla" runs anywhere, in memory that does not grow
+        with t * s; "pallas_tpu" and "pallas_gpu" (Hopper, bfloat16) are kernels; "auto" is the kernel of the
+        platform that the program is compiled for, or "xla" where it lacks the case, which is logged once.
       interpret: for the kernels, True or parameters of one of Pallas's interpreters: run on any machine, slowly.
     Raises:
       ValueError: heads, lengths, tokens or blocks do not fit each other.
@@ -80,16 +77,6 @@ def attend(
         k, v = _without_padding(k, kv_tokens), _without_padding(v, kv_tokens)
         key_bias = None if key_bias is None else jnp.where(kv_tokens.segment != 0, key_bias, 0)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
-
-    def dense(q, k, v, q_tokens, kv_tokens, key_bias):
-        return attend_dense(
-            q, k, v, pairs(mask, q_tokens, kv_tokens), key_bias=key_bias, scale=scale, cap=softcap,
-            reads_lse=reads_lse, implementation="xla" if implementation == "auto" else implementation)
-
-    def blockwise(q, k, v, q_tokens, kv_tokens, key_bias):
-        return attend_blockwise(q, k, v, mask=mask, q_tokens=q_tokens, kv_tokens=kv_tokens, key_bias=key_bias,
-                                scale=scale, cap=softcap)
-
     if blocks is not None:
         attended = attend_to_blocks(
             q, k, v, blocks, mask=mask, q_tokens=q_tokens, kv_tokens=kv_tokens, key_bias=key_bias, scale=scale,
@@ -98,12 +85,13 @@ def attend(
         attended = attend_reference(
             q, k, v, pairs(mask, q_tokens, kv_tokens), key_bias=key_bias, scale=scale, cap=softcap)
     elif implementation == "blockwise":
-        attended = blockwise(q, k, v, q_tokens, kv_tokens, key_bias)
-    elif implementation == "auto" and reads_lse and q.shape[1] > FEW_QUERIES:
-        attended = by_platform(
-            "attention", {"cpu": blockwise, "default": dense}, q, k, v, q_tokens, kv_tokens, key_bias)
+        attended = attend_blockwise(
+            q, k, v, mask=mask, q_tokens=q_tokens, kv_tokens=kv_tokens, key_bias=key_bias, scale=scale,
+            cap=softcap)
     else:
-        attended = dense(q, k, v, q_tokens, kv_tokens, key_bias)
+        attended = attend_dense(
+            q, k, v, pairs(mask, q_tokens, kv_tokens), key_bias=key_bias, scale=scale, cap=softcap,
+            reads_lse=reads_lse, implementation="xla" if implementation == "auto" else implementation)
     return attended if sinks is None else add_sinks(*attended, sinks)
 
 

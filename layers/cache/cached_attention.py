@@ -1,14 +1,18 @@
 """Attention from new tokens to a cache and to each other."""
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from layers.array_types import Array, Float, typed
+from layers.arrays.dispatch import by_platform
 from layers.attention.attend import attend
-from layers.attention.attended import merge
+from layers.attention.attended import Attended, merge
 from layers.attention.mask import CAUSAL, SAME_SEGMENT, Mask, TokenInfo, pairs
 from layers.cache.kv_cache import KVCache, KVUpdate, Placement
+
+FEW_QUERIES = 64  # their scores are few, even of a long cache
 
 
 class CachedAttention(NamedTuple):
@@ -40,12 +44,27 @@ def cached_attention(
         log_weight = jnp.broadcast_to(log_weight, cache.k.shape[:3])
     # Free slots hold zeros or tokens of an earlier segment; without a copy that hides them, all are read in place.
     k, v = (x.swapaxes(1, 2).astype(q.dtype) for x in (cache.k, cache.v))
-    to_cache = attend(q, k, v, mask=mask, q_tokens=tokens, kv_tokens=slots, key_bias=log_weight,
-                      padding_is_finite=True)
-    to_new = attend(q, new.k.astype(q.dtype), new.v.astype(q.dtype), mask=mask, q_tokens=tokens, kv_tokens=tokens)
+    to_cache = _attend(mask, q, k, v, tokens, slots, log_weight, padding_is_finite=True)
+    to_new = _attend(mask, q, new.k.astype(q.dtype), new.v.astype(q.dtype), tokens, tokens, None)
     o, lse = merge(to_cache, to_new)
     received = _received(q, cache, pairs(mask, tokens, slots), lse) if with_received else None
     return CachedAttention(o.astype(q.dtype), received)
+
+
+def _attend(
+    mask: Mask, q: jax.Array, k: jax.Array, v: jax.Array, q_tokens: TokenInfo, kv_tokens: TokenInfo,
+    key_bias: jax.Array | None, *, padding_is_finite: bool = False,
+) -> Attended:
+    """Runs `attend`, on CPUs in blocks where there are many queries."""
+    def run(q, k, v, q_tokens, kv_tokens, key_bias, implementation="auto"):
+        return attend(q, k, v, mask=mask, q_tokens=q_tokens, kv_tokens=kv_tokens, key_bias=key_bias,
+                      padding_is_finite=padding_is_finite, implementation=implementation)
+
+    operands = q, k, v, q_tokens, kv_tokens, key_bias
+    if q.shape[1] <= FEW_QUERIES:
+        return run(*operands)
+    blockwise = partial(run, implementation="blockwise")
+    return by_platform("cached attention", {"cpu": blockwise, "default": run}, *operands)
 
 
 def _received(q: jax.Array, cache: KVCache, allowed: jax.Array, lse: jax.Array) -> jax.Array:

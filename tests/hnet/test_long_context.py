@@ -22,7 +22,7 @@ from layers import RotaryScaling
 from tests.support.assertions import ANOTHER_SUM_ORDER, assert_golden
 from tests.support.models import random_params
 
-LENGTH, LENGTHS = 40, (40, 1, 23)  # tokens of the prompts of three rows
+LENGTH, LENGTHS = 80, (80, 1, 23)  # tokens of three prompts; pieces of more than 64 are read in blocks
 
 
 def _llama(**cache) -> HNetConfig:
@@ -62,7 +62,7 @@ def _read_in_pieces(size, side, config=CONFIG):
     return logits, state
 
 
-@pytest.mark.parametrize(("size", "side"), [(1, "left"), (7, "right"), (13, "left"), (LENGTH, "left")])
+@pytest.mark.parametrize(("size", "side"), [(1, "left"), (7, "right"), (67, "left"), (LENGTH, "left")])
 def test_a_prompt_in_pieces_of_any_size_equals_one_pass(size, side):
     before = read._cache_size()
     logits, state = _read_in_pieces(size, side)
@@ -90,7 +90,7 @@ def test_decoding_from_any_pieces_equals_one_pass_and_compiles_once():
 def test_a_narrow_cache_rounds_each_key_and_value_once_however_the_prompt_is_cut(dtype, rounding):
     config = _llama(dtype=dtype)
     narrow = [_read_in_pieces(size, "right", config)[0] for size in (LENGTH, 7)]
-    assert_golden(narrow[1], narrow[0], limit=rounding / 50)  # a sum in another order may round another way
+    assert_golden(narrow[1], narrow[0], limit=rounding / 16)  # a sum in another order may round another way
     error = np.abs(narrow[0] - AFTER_PROMPT)[[0, 2]].max() / np.abs(AFTER_PROMPT).max()  # row 1 is one token long
     assert rounding / 4 < error < 16 * rounding
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from layers import CAUSAL, SAME_SEGMENT, Window, attend, token_info
+from layers import CAUSAL, SAME_SEGMENT, Attention, Window, token_info
 from layers.attention.blockwise import attend_blockwise
 from layers.attention.dense import attend_reference
 from layers.attention.mask import pairs
@@ -67,11 +67,12 @@ def test_a_block_without_an_allowed_pair_is_not_read():
 
 
 def test_many_queries_over_a_cache_run_in_blocks_on_cpus_and_few_do_not():
+    layer = Attention(num_heads=2, rotary_width=4)
+    params = jax.eval_shape(layer.init, jax.random.key(0), jnp.zeros((1, 3, 8)))
+
     def is_in_blocks(length):
-        q, k = jax.ShapeDtypeStruct((1, length, 2, 4), "float32"), jax.ShapeDtypeStruct((1, 300, 2, 4), "float32")
-        text = jax.jit(lambda q, k: attend(
-            q, k, k, q_tokens=token_info(length), kv_tokens=token_info(300), padding_is_finite=True).o
-        ).lower(q, k).as_text()
-        return "stablehlo.while" in text
+        state = jax.eval_shape(lambda: layer.empty_state(1, 8, 300))
+        x, ids = jax.ShapeDtypeStruct((1, length, 8), "float32"), jax.ShapeDtypeStruct((1, length), "int32")
+        return "stablehlo.while" in jax.jit(layer.apply).lower(params, x, ids, state).as_text()
 
     assert is_in_blocks(65) and not is_in_blocks(64)
