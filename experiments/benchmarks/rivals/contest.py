@@ -66,7 +66,7 @@ def contest(
 
     Args:
       case: names it in messages.
-      tolerance: largest difference of two elements of the results, in every round.
+      tolerance: of `check_equal`, which looks at the results of every round.
     Raises:
       RunError: results differ; no time is then known.
     """
@@ -82,11 +82,18 @@ def contest(
 
 
 def check_equal(case: str, ours: np.ndarray, rival: np.ndarray, tolerance: float) -> None:
-    """Raises RunError where two results differ in shape, by more than `tolerance`, or hold what is no number."""
+    """Checks two results row by row: RMS of the difference over RMS of the rival's.
+
+    Raises:
+      RunError: the shapes differ, a row differs by more than `tolerance`, or holds what is no number.
+    """
     ours, rival = np.asarray(ours, np.float64), np.asarray(rival, np.float64)
     if ours.shape != rival.shape:
         raise RunError(f"{case}: our result has shape {ours.shape}, the rival's {rival.shape}; nothing was timed")
-    error = float(np.max(np.abs(ours - rival), initial=0.0))
+    def rms(x: np.ndarray) -> np.ndarray:
+        return np.sqrt(np.mean(x**2, axis=-1))
+
+    error = float(np.max(rms(ours - rival) / np.maximum(rms(rival), np.finfo(np.float64).tiny)))
     if not error <= tolerance:  # so that NaN is refused too
-        raise RunError(f"{case}: our result and the rival's differ by {error:.2g}, and {tolerance:g} would be "
-                       "rounding; nothing was timed")
+        raise RunError(f"{case}: our result and the rival's differ by {error:.2g} of its size, and "
+                       f"{tolerance:g} would be rounding; nothing was timed")
