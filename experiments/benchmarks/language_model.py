@@ -137,7 +137,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", type=int, default=2048, help="tokens of the prompt")
     parser.add_argument("--steps", type=int, default=8, help="tokens of each row in a turn of decoding")
     parser.add_argument("--rounds", type=int, default=5, help="timed turns of each side")
-    parser.add_argument("--dtypes", default="float32,bfloat16", help="of weights, activations and caches")
+    parser.add_argument("--dtypes", default="float32",
+                        help="of weights, activations and caches, such as float32,bfloat16")
     parser.add_argument("--threads", type=int, default=2, help="cores that both sides run on, a thread on each")
     parser.add_argument("--python", action="append", default=[], metavar="FAMILY=PATH",
                         help="an interpreter that has the packages of a family, such as transformers")

@@ -86,8 +86,8 @@ def test_a_rival_keeps_its_state_between_calls_and_both_sides_take_turns(tmp_pat
 
 def test_a_rival_that_answers_wrong_is_refused_and_gives_no_time(tmp_path):
     with RivalProcess(_script(tmp_path, wrong=1), sys.executable, threads=2) as rival, pytest.raises(
-            RunError, match=r"sums: our result and the rival's differ by 1, and 0\.5 would be rounding"):
-        contest("sums", _ours(), _theirs(rival), rounds=3, tolerance=0.5)
+            RunError, match=r"sums: our result and the rival's differ by 0\.22 of its size, and 0\.1"):
+        contest("sums", _ours(), _theirs(rival), rounds=3, tolerance=0.1)
 
 
 def test_results_of_other_shapes_or_that_are_no_numbers_are_refused():
