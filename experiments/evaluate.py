@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
         source, description = _open_text(saved, tokenizer, source_name)
         params = saved.params()
     mesh = make_mesh(1, jax.devices()[:1])
-    with use_mesh(mesh), Progress(len(source), unit="batch", file=sys.stderr) as progress:
+    with use_mesh(mesh), Progress(0, unit="batch", file=sys.stderr) as progress:
         evaluate = make_evaluate(
             saved.config, source, batch_placer(mesh), on_batch=progress.seldom)
         metrics = evaluate(params)
