@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
         source, description = _open_text(saved, tokenizer, source_name)
         params = saved.params()
     mesh = make_mesh(1, jax.devices()[:1])
-    with use_mesh(mesh), Progress(len(source), unit="batch", file=sys.stderr) as progress:
+    with use_mesh(mesh), Progress(0, unit="batch", file=sys.stderr) as progress:
         evaluate = make_evaluate(
             saved.config, source, batch_placer(mesh), on_batch=progress.seldom)
         metrics = evaluate(params)
@@ -62,7 +62,8 @@ def _open_text(saved: SavedRun, tokenizer: Tokenizer, source: str | None) -> tup
             "config.data.source", "--source")) from error
     read = f"{len(text.documents.names):,} of " if len(text.documents.names) < text.num_documents else ""
     lost = f", without {text.num_unwritable:,} bytes that no token stands for" if text.num_unwritable else ""
-    return batches, f"{batches.num_bytes:,} bytes in {read}{text.num_documents:,} documents of {source}{lost}"
+    documents = "document" if text.num_documents == 1 else "documents"
+    return batches, f"{batches.num_bytes:,} bytes in {read}{text.num_documents:,} {documents} of {source}{lost}"
 
 
 def make_evaluate(

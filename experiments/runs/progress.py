@@ -32,7 +32,10 @@ class Progress:
         file: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Prints to `file`, stdout if None; `clock` returns seconds, and `unit` is a step's name."""
+        """Prints to `file`, stdout if None; `clock` returns seconds, and `unit` is a step's name.
+
+        With `total_steps` 0, nothing shows before the first update, which work of unknown size may never have.
+        """
         self._unit = unit
         self._file = file or sys.stdout
         self._total_steps = total_steps
@@ -50,7 +53,7 @@ class Progress:
             self._task = self._live.add_task("", total=total_steps, completed=start_step)
 
     def __enter__(self) -> Self:
-        if self._live:
+        if self._live and self._total_steps:
             self._live.start()
         return self
 
@@ -69,16 +72,18 @@ class Progress:
         parts.append(f"eta {self._time_left(step, now)}")
         line = "  ".join(parts)
         if self._live:
+            self._live.start()  # does nothing where it has started
             self._live.update(self._task, completed=step, total=self._total_steps, description=line)
         else:
             self.message(line)
 
     def seldom(self, step: int, total_steps: int) -> None:
-        """Shows that `step` of so many are done, at most every SELDOM_SECONDS and neither at first nor at last."""
+        """Shows that `step` of so many are done: in plain lines, some seconds apart and neither first nor last."""
         self._total_steps, now = total_steps, self._clock()
         if self._shown_at is None:  # with the first call the model compiled
             self._shown_at, self._first = now, (step, now)
-        if step < total_steps and (self._live or now - self._shown_at >= SELDOM_SECONDS):
+        is_due = step < total_steps and now - self._shown_at >= SELDOM_SECONDS
+        if is_due or (self._live and total_steps > 1):
             self._shown_at = now
             self.update(step, {})
 

@@ -21,6 +21,9 @@ LEGEND = (
     f"token (copy, position). In brackets: 95 % intervals (Wilson's for shares, in per cent; {RESAMPLES} "
     "bootstrap resamples for means), which count answers as independent. Chance: a guess that knows the form of "
     "an answer.")
+CAPTIONS = {
+    Cells: "A row is a depth: 0 is the beginning of the context. Blue: all answers are exact; orange: none is.",
+    Lines: "Bands are 95 % intervals of the means."}
 COSTS_LEGEND = (
     "Reading: seconds for a context, without compilation, the median over contexts. Answering: for one question. "
     "State: everything kept of a context, empty slots included. Memory: the largest resident so far, by rising "
@@ -98,7 +101,7 @@ def needle_cells(scores: Sequence[Score]) -> Cells:
     values = np.array([[score.exact if score else math.nan for score in row] for row in at]).reshape(
         len(depths), len(lengths))
     texts = [[_cell(score) for score in row] for row in at]
-    return Cells("needle: share of exact answers (colour), nats per digit; a row per depth", [
+    return Cells("needle by depth: share of exact answers, which is the colour, and nats per digit", [
         f"{depth:g}" for depth in depths], [f"{length:,}" for length in lengths], values, texts, "tokens")
 
 
@@ -110,7 +113,7 @@ def render_suite_page(
     facts = [("longest", f"{max(result.length for result in results):,} tokens"),
              ("contexts", f"{len(results):,}"),
              ("questions", f"{sum(len(result.answers) for result in results):,}")]
-    figures = [(heading, Figure(_inline(picture([panel])), f"{panel.title[0].upper()}{panel.title[1:]}."))
+    figures = [(heading, Figure(_inline(picture([panel])), CAPTIONS[type(panel)]))
                for heading, panel in panels(scores)]
     shown = Table(("setting", "value"), tuple(
         (name, str(value)) for name, value in flat_fields(settings).items() if not name.startswith("model.")))

@@ -88,3 +88,17 @@ def test_short_work_prints_nothing_and_long_work_a_line_now_and_then():
     for step in range(1, 6):
         progress.seldom(step, 5)
     assert file.getvalue() == "batch 3/5  eta 0:00:07\n"  # 7 s for two batches after the first, two to go
+
+
+def test_on_a_terminal_short_work_leaves_no_bar(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    reader, writer = os.openpty()
+    with open(writer, "w") as terminal:
+        with Progress(0, file=terminal) as progress:
+            progress.seldom(1, 1)
+        print("<end>", file=terminal, flush=True)
+        output = b""
+        while b"<end>" not in output:
+            output += os.read(reader, 4096)
+    os.close(reader)
+    assert output.strip() == b"<end>"
