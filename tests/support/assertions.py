@@ -29,6 +29,7 @@ PRETRAINED_NATS_ERROR = 1e-3
 PRETRAINED_BFLOAT16_MEAN_NATS = 2e-3  # the mean over a text, in bfloat16; other code differs by 3e-4
 PRETRAINED_ATTENTION_ERROR = 1e-5
 PRETRAINED_ROTATED_ERROR = 2e-4
+PRETRAINED_HEAD_SCORE_ERROR = 0.1  # of a head over other random tokens: 0.07 was the largest of 20
 # Over the row's largest value. The last blocks cancel most of 26,000 at position 0, but not its rounding.
 PRETRAINED_HIDDEN_LIMIT = 2e-5
 SAME_COMPUTATION = 2e-5  # absolute, on logits of order 1 computed in another order (packed, padded, permuted)
