@@ -22,6 +22,7 @@ ALL = "".join((name.capitalize() if index % 2 else name) + "1" for index, name i
 CONFIG = HNetConfig(stages=(make_stage(width=12, encoder=ALL, **SIZES),), vocab_size=31)
 
 
+@pytest.mark.slow  # each mixer does in the tests above
 def test_a_stack_of_all_mixers_decodes_ragged_rows_as_it_reads_them_at_once():
     params = random_params(CONFIG)
     tokens = np.random.default_rng(0).integers(0, 31, (2, 9), dtype=np.int32)

@@ -148,7 +148,8 @@ def _one_pass(config, params, *texts):
 
 
 @pytest.mark.parametrize(("config", "places"), [
-    (LLAMA, ("outside", "inside")), (one_stage_config(), ("inside",))], ids=["llama", "hierarchy"])
+    pytest.param(LLAMA, ("outside", "inside"), id="llama"),
+    pytest.param(one_stage_config(), ("inside",), id="hierarchy", marks=pytest.mark.slow)])
 def test_nats_from_a_state_are_those_of_one_pass_wherever_the_question_belongs(config, places, monkeypatch):
     monkeypatch.setattr(reader, "PIECE", 48)
     params, (context, question, answer) = random_params(config), _texts(config)
