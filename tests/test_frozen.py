@@ -107,6 +107,7 @@ def test_results_of_a_task_are_read_and_not_trained_again(tmp_path, capsys):
 
 
 @same_python
+@pytest.mark.slow
 def test_the_quick_start_begins_with_the_same_loss():
     config = load_config("quickstart", [], RunConfig)
     batch = jax.tree.map(jnp.asarray, batches_of(config)[0])

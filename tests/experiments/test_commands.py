@@ -223,6 +223,7 @@ def test_generate_prints_the_prompt_and_its_continuation_byte_for_byte(run, fini
     assert captured.err == b"note: 58 bytes with the prompt; the model was trained on windows of 32\n"
 
 
+@pytest.mark.slow
 def test_generate_reads_a_prompt_of_any_length_from_a_file_and_draws_several_samples(
         run, finished_run, tmp_path, capsysbinary):
     prompt = b"the chunk of " * 20

@@ -76,6 +76,7 @@ def test_a_killed_run_goes_on_as_if_it_had_never_stopped(finished_run, train_in_
     assert saved_steps(workdir) == list(KEPT_STEPS)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_the_same_command_goes_on(finished_run, train_in_a_process, tmp_path):
     """Step 8 evaluates, so the signal comes between the decisions about step 8 and those about step 9."""
     workdir = tmp_path / "run"

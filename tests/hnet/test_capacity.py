@@ -149,6 +149,7 @@ def test_rematerialisation_of_a_stage_saves_memory():
     assert block < dots < none
 
 
+@pytest.mark.slow
 def test_a_stage_may_grow_around_one_whose_rows_are_packed():
     """Rows, then buffers: the results of every way through the grown stage have one shape."""
     config = two_stage_config()

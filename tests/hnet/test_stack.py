@@ -108,7 +108,7 @@ def test_attention_decodes_with_the_policy_of_its_config():
         CacheConfig(policy="window")
 
 
-@pytest.mark.parametrize("layout", ["t1", "moba1", "nsa1"])
+@pytest.mark.parametrize("layout", ["t1", "moba1", pytest.param("nsa1", marks=pytest.mark.slow)])
 def test_a_cache_keeps_keys_and_values_in_a_dtype_of_its_own(layout):
     """Every token then reads rounded keys and values, whether it comes in one call with them or later."""
     config, narrow = (make_stack(width=D, num_heads=2, rotary_width=2, cache=CacheConfig(dtype=dtype))

@@ -27,13 +27,13 @@ def test_unchunk_hands_tokens_their_chunk_and_the_router_its_gradient():
     np.testing.assert_array_equal(y[0, 9], X[0, 9])
 
     learned = Chunker(smoothing=True)
-    params = learned.init(jax.random.key(0), X, IDS)
+    params = jax.jit(learned.init)(jax.random.key(0), X, IDS)
 
     def loss(params):
         chunks, unchunk, _ = learned.apply(params, X, IDS)
         return jnp.sum(unchunk(chunks) * Draw(1)(2, 13, 8))
 
-    assert all((leaf != 0).any() for leaf in jax.tree.leaves(jax.grad(loss)(params)))
+    assert all((leaf != 0).any() for leaf in jax.tree.leaves(jax.jit(jax.grad(loss))(params)))
 
 
 def test_what_comes_back_may_leave_a_compiled_function():

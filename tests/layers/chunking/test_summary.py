@@ -70,6 +70,7 @@ def test_summaries_token_by_token_equal_those_of_the_whole(kind):
     ids = jnp.array([[4] * 5 + [5] * 4, [4] * 9])
     whole = Partition.from_boundaries(boundary, ids, 9)
     expected = summarize(x, whole, kind, scores=scores)
+    step = jax.jit(summarize_next, static_argnums=2)
     for pieces in ([1] * 9, [4, 3, 2], [2, 7]):
         state, last_id, start = PoolState.empty(kind, (2, 3)), jnp.zeros(2, jnp.int32), 0
         ended = [[], []]
@@ -77,15 +78,15 @@ def test_summaries_token_by_token_equal_those_of_the_whole(kind):
             part = slice(start, start + length)
             own = None if scores is None else scores[:, part]
             partition = Partition.from_boundaries(boundary[:, part], ids[:, part], length, last_segment=last_id)
-            found, state = summarize_next(x[:, part], partition, kind, state, scores=own)
+            found, state = step(x[:, part], partition, kind, state, scores=own)
             for row in range(2):
                 num_begun = int(partition.starts_chunk[row].sum())
                 ended[row] += [found[row, i] for i in range(num_begun) if (start, i) != (0, 0)]
             last_id, start = ids[:, part][:, -1], start + length
             idle = Partition.from_boundaries(boundary[:, :2], 0 * ids[:, :2], 2, last_segment=last_id)
             idle_scores = None if scores is None else scores[:, :2]
-            _, state = summarize_next(x[:, :2], idle, kind, state, scores=idle_scores)
-        last, _ = summarize_next(x[:, :2], idle, kind, state, scores=idle_scores)
+            _, state = step(x[:, :2], idle, kind, state, scores=idle_scores)
+        last, _ = step(x[:, :2], idle, kind, state, scores=idle_scores)
         for row in range(2):
             np.testing.assert_allclose(
                 jnp.stack([*ended[row], last[row, 0]]), expected[row, : len(ended[row]) + 1], rtol=1e-5, atol=1e-6)
@@ -119,7 +120,7 @@ def test_pooling_scores_begin_as_the_mean_and_have_a_gradient():
         return summarize(x, partition, "attention", scores=module.apply(params, x))
 
     np.testing.assert_allclose(pooled(params), summarize(x, partition, "mean"), atol=1e-6)
-    gradient = jax.grad(lambda params: jnp.sum(pooled(params) ** 2))(params)
+    gradient = jax.jit(jax.grad(lambda params: jnp.sum(pooled(params) ** 2)))(params)
     assert all((leaf != 0).any() for leaf in jax.tree.leaves(gradient))
 
 

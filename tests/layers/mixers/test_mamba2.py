@@ -75,7 +75,7 @@ def test_prefill_then_single_steps_match_the_official_decoding():
 
 def test_bfloat16_layer_keeps_its_state_in_float32():
     module = MODULE.clone(dtype=jnp.bfloat16)
-    y, state = module.apply({"params": _params()}, jnp.asarray(DATA["x"], jnp.bfloat16))
+    y, state = jax.jit(module.apply)({"params": _params()}, jnp.asarray(DATA["x"], jnp.bfloat16))
     assert y.dtype == jnp.bfloat16 and state.ssm.dtype == jnp.float32
     check(y, DATA["y"], limit=0.03)
 
