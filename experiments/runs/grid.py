@@ -50,6 +50,13 @@ def all_of(values: Iterable[Any]) -> str:
     return " and ".join(sorted({str(value) for value in values}))
 
 
+def save_result(result: Any, outdir: Path) -> None:
+    """Writes the file of a finished part: JSON values in a dataclass, whose `name` knows its path in `outdir`."""
+    path = result.name.path(outdir)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, json.dumps(dataclasses.asdict(result), indent=2) + "\n")
+
+
 def refuse_another_config(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raises UsageError if the result in `path` was made with other settings than a command asks for.
 

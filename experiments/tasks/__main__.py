@@ -26,13 +26,13 @@ from experiments.config.command_line import split_overrides
 from experiments.config.files import CONFIGS_DIRECTORY, load_config, saved_fields
 from experiments.errors import UsageError, run_command, suggest
 from experiments.runs.compilation_cache import enable_compilation_cache
-from experiments.runs.grid import write_findings
+from experiments.runs.grid import save_result, write_findings
 from experiments.runs.manifest import prepare_workdir, write_manifest
 from experiments.runs.progress import Progress
 from experiments.tasks.config import TaskConfig
 from experiments.tasks.longcontext import command as longcontext
 from experiments.tasks.page import choose_rates, render_plot, render_table
-from experiments.tasks.results import Result, RunName, load, save
+from experiments.tasks.results import Result, RunName, load
 from experiments.tasks.settings import Column, Setting, settings_of
 from experiments.tasks.training import Trainer, symbols_per_second
 
@@ -120,7 +120,7 @@ def train_all(
             print(f"{label}: FAILED: {error}", flush=True)
             num_failed += 1
             continue
-        save(result, outdir)
+        save_result(result, outdir)
         finished[run.name] = result
         print(f"{label}: {result.summary}; {result.train_seconds:.0f} s", flush=True)
     return num_failed

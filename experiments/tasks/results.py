@@ -6,7 +6,6 @@ from typing import Any
 
 from experiments.config.codec import flat_fields
 from experiments.config.files import config_from_saved
-from experiments.files import write_whole
 from experiments.runs.grid import refuse_another_config
 from experiments.tasks.config import TaskConfig
 from experiments.tasks.training import Measured
@@ -59,13 +58,6 @@ class Result:
         if self.diverged_at:
             return f"diverged by step {self.diverged_at}"
         return ", ".join(f"{column} {100 * share:.1f} %" for column, share in self.test.items())
-
-
-def save(result: Result, outdir: Path) -> None:
-    """Writes the file of a run."""
-    path = result.name.path(outdir)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(dataclasses.asdict(result), indent=2) + "\n")
 
 
 def load(name: RunName, outdir: Path, config: TaskConfig) -> Result | None:

@@ -11,20 +11,16 @@ import pytest
 
 from experiments import evaluate, generate, report, train
 from experiments.data import BOS, ByteTokenizer, WindowSource
-from experiments.errors import UsageError
 from experiments.runs.saved_run import SavedRun
 from experiments.training.mesh import make_mesh
 from hnet import HNetLM, Sampling
-from tests.support.runs import KEPT_STEPS, finish, results, saved_steps, start
+from tests.support.runs import KEPT_STEPS, finish, refusal, results, saved_steps, start
 
 READERS = {"evaluate": evaluate.main, "generate": generate.main, "report": report.main}
 
 
 def _refusal(main, *arguments) -> str:
-    with pytest.raises(UsageError) as refusal:
-        main([str(argument) for argument in arguments])
-    assert "\n" not in str(refusal.value)
-    return str(refusal.value)
+    return refusal(main, [str(argument) for argument in arguments])
 
 
 # Refusals

@@ -8,10 +8,9 @@ import pytest
 from experiments import inspect
 from experiments.analysis.perturbations import perturb
 from experiments.data import ByteTokenizer
-from experiments.errors import UsageError
 from tests.experiments.pages.test_report import HOSTILE, Page
 from tests.support.models import random_params
-from tests.support.runs import config_of
+from tests.support.runs import config_of, refusal
 
 TEXT = b"import x2\nthe chunk of\tgr\xc3\xbcn " + HOSTILE
 
@@ -35,10 +34,7 @@ def two_stages(run_of):
 
 
 def _refusal(*arguments) -> str:
-    with pytest.raises(UsageError) as refusal:
-        inspect.main([str(argument) for argument in arguments])
-    assert "\n" not in str(refusal.value)
-    return str(refusal.value)
+    return refusal(inspect.main, [str(argument) for argument in arguments])
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

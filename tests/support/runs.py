@@ -4,16 +4,19 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import pytest
 from jax.sharding import Mesh
 
 from experiments.config import RunConfig
 from experiments.config.files import load_config
 from experiments.data import BatchSource, WindowSource
+from experiments.errors import UsageError
 from experiments.training.batches import open_corpus
 from experiments.training.mesh import batch_sharding, put_batch, use_mesh
 from experiments.training.step import TrainState, compile_program
@@ -98,6 +101,14 @@ def finish(process: subprocess.Popen, *, code: int = 0) -> tuple[str, str]:
     stdout, stderr = process.communicate(timeout=300)
     assert process.returncode == code, f"exit code {process.returncode}\n{stdout[-3000:]}\n{stderr[-3000:]}"
     return stdout, stderr
+
+
+def refusal(function: Callable[..., Any], *arguments: Any) -> str:
+    """Calls a function that must refuse its arguments, and returns the one line that it says."""
+    with pytest.raises(UsageError) as refused:
+        function(*arguments)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
 
 
 def results(workdir: Path) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from experiments.config.files import saved_fields
 from experiments.config.run import check_choice
 from experiments.errors import UsageError
 from experiments.files import write_whole
-from experiments.runs.grid import write_findings
+from experiments.runs.grid import save_result, write_findings
 from experiments.runs.manifest import prepare_workdir, write_manifest
 from experiments.runs.progress import Progress
 from experiments.runs.saved_run import SavedRun
@@ -40,7 +40,6 @@ from experiments.tasks.longcontext.suite import (
     evaluate,
     load,
     plan,
-    save,
     shared_contexts,
 )
 
@@ -101,7 +100,7 @@ def _run(
                 reader = ModelReader(saved.config.model, params, length, compress=compress, question=question)
                 progress.message(f"{length:,} tokens: compiled in {reader.compile_seconds:.1f} s")
             for result in evaluate(reader, group, origin):
-                save(result, outdir)
+                save_result(result, outdir)
                 finished[result.name] = result
                 done += 1
                 progress.message(f"{result.name}: {result.summary}; {result.read_seconds:.1f} s")

@@ -13,7 +13,6 @@ import numpy as np
 
 from experiments.config.codec import flat_fields
 from experiments.config.files import config_from_saved
-from experiments.files import write_whole
 from experiments.runs.grid import refuse_another_config
 from experiments.tasks.longcontext.examples import Example
 from experiments.tasks.longcontext.generators import TASKS, Maker
@@ -170,13 +169,6 @@ def peak_bytes() -> int:
     """Returns the largest resident memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def save(result: Result, outdir: Path) -> None:
-    """Writes the file of a context."""
-    path = result.name.path(outdir)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(dataclasses.asdict(result), indent=2) + "\n")
 
 
 def load(name: ContextName, outdir: Path, settings: Settings) -> Result | None:

@@ -12,7 +12,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from safetensors.numpy import load_file
 
 from experiments import export_official, export_weights, generate, import_official, import_weights
-from experiments.errors import UsageError
 from experiments.runs.checkpoints import Checkpoints
 from experiments.runs.saved_run import SavedRun
 from experiments.training.mesh import make_mesh
@@ -20,6 +19,7 @@ from experiments.weights.tensor_files import open_tensors
 from hnet import BOS, HNetLM, load_official_params, parameter_shapes
 from hnet.pretrained.hnet_release import to_official_params
 from tests.support.assertions import GOLDEN, GOLDEN_LOGITS_ERROR, golden
+from tests.support.runs import refusal
 
 NAME = "hnet_a_1stage"
 
@@ -62,13 +62,6 @@ def _opened(workdir):
 def _params(workdir, abstract, step=None):
     with SavedRun.open(workdir, step) as saved:
         return saved.params(abstract)
-
-
-def _refusal(main, *arguments):
-    with pytest.raises(UsageError) as refusal:
-        main(*arguments)
-    assert "\n" not in str(refusal.value)
-    return str(refusal.value)
 
 
 def _assert_equal(actual, expected):
@@ -152,10 +145,10 @@ def test_weights_of_an_imported_run_are_restored_too(released, imported):
 
 def test_weights_of_another_model_are_refused_by_name(imported, finished_run):
     wanted = parameter_shapes(imported.config.model)
-    text = _refusal(_params, finished_run, wanted)
+    text = refusal(_params, finished_run, wanted)
     assert f"the model of {finished_run} does not fit this one: embedding is float32[256, 16] there and " in text
     assert "float32[256, 32] here (and " in text and "change config.model" in text
-    assert "no run has saved a checkpoint there" in _refusal(_params, "/nowhere", wanted)
+    assert "no run has saved a checkpoint there" in refusal(_params, "/nowhere", wanted)
 
 
 def test_the_config_is_looked_for_beside_the_weights(released, imported, tmp_path):
@@ -172,22 +165,22 @@ def test_the_config_is_looked_for_beside_the_weights(released, imported, tmp_pat
 @pytest.mark.parametrize(("command", "now"), [
     (import_official, "import_weights hnet"), (export_official, "export_weights hnet")])
 def test_the_commands_of_before_say_what_they_are_called_now(command, now):
-    assert f"this command is now `python -m experiments.{now}`" in _refusal(command.main, ["a", "b"])
+    assert f"this command is now `python -m experiments.{now}`" in refusal(command.main, ["a", "b"])
 
 
 def test_a_directory_with_checkpoints_is_not_imported_into(released):
-    assert "has checkpoints already; name another directory" in _refusal(
+    assert "has checkpoints already; name another directory" in refusal(
         _import, released.weights, released.config, released.run)
 
 
 def test_files_that_do_not_fit_each_other_are_refused_and_nothing_is_written(released, tmp_path):
     other = tmp_path / "other.json"
     other.write_text(str(golden("hnet_b_2stage")["config_json"]))
-    text = _refusal(_import, released.weights, other, tmp_path / "run")
+    text = refusal(_import, released.weights, other, tmp_path / "run")
     assert "do not fit each other" in text and "names missing" in text
     narrow = json.loads(released.config.read_text()) | {"d_model": [32, 96]}
     other.write_text(json.dumps(narrow | {"attn_cfg": narrow["attn_cfg"] | {"num_heads": [2, 3]}}))
-    assert "pad_dimension has shape (32,), and (64,) in this config" in _refusal(
+    assert "pad_dimension has shape (32,), and (64,) in this config" in refusal(
         _import, released.weights, other, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -201,7 +194,7 @@ def test_files_that_do_not_fit_each_other_are_refused_and_nothing_is_written(rel
 def test_weights_that_cannot_be_read_are_refused(released, tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    assert message in _refusal(_import, tmp_path / name, released.config, tmp_path / "run")
+    assert message in refusal(_import, tmp_path / name, released.config, tmp_path / "run")
 
 
 def test_damage_inside_a_file_is_refused(released, tmp_path):
@@ -209,7 +202,7 @@ def test_damage_inside_a_file_is_refused(released, tmp_path):
     place = content.find(b"param/backbone.decoder.rmsnorm.weight.npy") + 200
     content[place] ^= 1
     (tmp_path / "model.npz").write_bytes(content)
-    assert "model.npz cannot be read: BadZipFile" in _refusal(
+    assert "model.npz cannot be read: BadZipFile" in refusal(
         _import, tmp_path / "model.npz", released.config, tmp_path / "run")
 
 
@@ -222,7 +215,7 @@ def test_damage_inside_a_file_is_refused(released, tmp_path):
 def test_a_config_that_is_none_is_refused(released, tmp_path, text, message):
     if text is not None:
         (tmp_path / "model.json").write_text(text)
-    assert message in _refusal(_import, released.weights, tmp_path / "model.json", tmp_path / "run")
+    assert message in refusal(_import, released.weights, tmp_path / "model.json", tmp_path / "run")
 
 
 @pytest.mark.parametrize(("package", "extra"), [("torch", "torch"), ("safetensors", "pretrained")])
@@ -235,9 +228,9 @@ def test_a_package_that_is_missing_is_named_with_the_way_to_install_it(
     suffix = {"torch": ".pt", "safetensors": ".safetensors"}[package]
     file = tmp_path / f"model{suffix}"
     message = f"{file}: {suffix} files need {package}; pip install 'hnet-jax[{extra}]'"
-    assert _refusal(_export, released.run, file) == message
+    assert refusal(_export, released.run, file) == message
     file.touch()
-    assert _refusal(_import, file, released.config, tmp_path / "run") == message
+    assert refusal(_import, file, released.config, tmp_path / "run") == message
 
 
 @pytest.mark.parametrize(("name", "argument", "message"), [
@@ -248,12 +241,12 @@ def test_a_package_that_is_missing_is_named_with_the_way_to_install_it(
 ])
 def test_exports_that_cannot_be_are_refused(released, tmp_path, name, argument, message):
     (tmp_path / "taken.json").touch()
-    assert message in _refusal(_export, released.run, tmp_path / name, argument)
+    assert message in refusal(_export, released.run, tmp_path / name, argument)
     assert [path.name for path in tmp_path.iterdir()] == ["taken.json"]
 
 
 def test_a_model_that_the_release_does_not_have_is_not_exported(finished_run, tmp_path):
-    assert "needs a stage0.stack.width that is a multiple of 32, not 16" in _refusal(
+    assert "needs a stage0.stack.width that is a multiple of 32, not 16" in refusal(
         _export, finished_run, tmp_path / "model.npz")
     assert not any(tmp_path.iterdir())
 
@@ -261,4 +254,4 @@ def test_a_model_that_the_release_does_not_have_is_not_exported(finished_run, tm
 def test_a_file_of_something_else_than_tensors_is_refused(released, tmp_path):
     torch = pytest.importorskip("torch")
     torch.save({"model": {"lm_head.weight": torch.zeros(3)}}, tmp_path / "model.pt")
-    assert "holds no state dict" in _refusal(_import, tmp_path / "model.pt", released.config, tmp_path / "run")
+    assert "holds no state dict" in refusal(_import, tmp_path / "model.pt", released.config, tmp_path / "run")

@@ -12,7 +12,6 @@ from safetensors.numpy import save_file
 
 from experiments import export_weights, import_weights
 from experiments.data.tokenizer import open_tokenizer
-from experiments.errors import UsageError
 from experiments.runs.checkpoints import Checkpoints
 from experiments.runs.saved_run import SavedRun
 from experiments.weights.gguf_file import open_gguf
@@ -22,6 +21,7 @@ from layers import RotaryScaling
 from layers.nn.rotary import stretch
 from tests.support.assertions import SAME_COMPUTATION
 from tests.support.models import one_stage_config
+from tests.support.runs import refusal
 from tests.support.small_llama import config_json, random_state, write_gguf
 from tests.support.small_tokenizer import write_tokenizer
 
@@ -38,13 +38,6 @@ def _opened(workdir):
     with SavedRun.open(workdir) as saved:
         tokenizer = open_tokenizer(saved.config.data.tokenizer, workdir=saved.workdir)
         return SimpleNamespace(config=saved.config, params=saved.params(), tokenizer=tokenizer)
-
-
-def _refusal(run, *arguments):
-    with pytest.raises(UsageError) as refusal:
-        run(*arguments)
-    assert "\n" not in str(refusal.value)
-    return str(refusal.value)
 
 
 def _assert_equal(actual, expected):
@@ -145,7 +138,7 @@ def test_rotary_scalings_of_a_gguf_file_are_read(tmp_path):
                                "llama.rope.scaling.original_context_length": 64})
     assert _rope(open_gguf(path).config_json) == RotaryScaling(kind="yarn", factor=8.0, original_length=64)
     write_gguf(path, metadata={"llama.rope.scaling.type": "longrope"})
-    assert "scales rotary positions by 'longrope'" in _refusal(open_gguf, path)
+    assert "scales rotary positions by 'longrope'" in refusal(open_gguf, path)
 
 
 def test_divisors_of_rotary_frequencies_are_the_rule_of_llama3_or_refused(tmp_path):
@@ -157,7 +150,7 @@ def test_divisors_of_rotary_frequencies_are_the_rule_of_llama3_or_refused(tmp_pa
     file = open_gguf(path)
     assert _rope(file.config_json) == scaling and "rope_freqs.weight" not in file.tensors
     write_gguf(path, rope_theta=5e5, rope_factors=factors + (np.arange(8) == 5))
-    assert "rope_freqs.weight is not the rule of Llama 3" in _refusal(open_gguf, path)
+    assert "rope_freqs.weight is not the rule of Llama 3" in refusal(open_gguf, path)
 
 
 def _cut(path, size):
@@ -168,7 +161,7 @@ def _cut(path, size):
 def test_a_gguf_file_that_is_cut_off_is_refused(tmp_path, gguf_run, share):
     file = shutil.copy(gguf_run.file, tmp_path / "cut.gguf")
     _cut(file, int(share * file.stat().st_size))
-    text = _refusal(_import, file, tmp_path / "run")
+    text = refusal(_import, file, tmp_path / "run")
     assert "cut.gguf" in text and "cut off" in text and f"{file.stat().st_size:,} " in text
     assert not (tmp_path / "run").exists()
 
@@ -178,13 +171,13 @@ def test_gguf_files_of_other_models_and_types_are_refused(tmp_path, gguf_run):
 
     def refused(**changed):
         write_gguf(file, **changed)
-        return _refusal(_import, file, tmp_path / "run")
+        return refusal(_import, file, tmp_path / "run")
 
     bytes_ = bytearray(gguf_run.file.read_bytes())
     place = bytes_.find(b"llama")
     bytes_[place:place + 5] = b"mamba"
     file.write_bytes(bytes_)
-    assert "is of architecture 'mamba'; those read here are llama, qwen2, qwen3" in _refusal(
+    assert "is of architecture 'mamba'; those read here are llama, qwen2, qwen3" in refusal(
         _import, file, tmp_path / "run")
     place = gguf_run.file.read_bytes().find(b"blk.0.attn_v.weight") + 19 + 4 + 2 * 8  # name, number of axes, axes
     unknown = "has a type of tensors that the package gguf does not know", "blk.0.attn_v.weight is of type Q8_1"
@@ -193,16 +186,16 @@ def test_gguf_files_of_other_models_and_types_are_refused(tmp_path, gguf_run):
         assert bytes_[place] == 3, "Q4_1"
         bytes_[place] = kind
         file.write_bytes(bytes_)
-        text = _refusal(_import, file, tmp_path / "run")
+        text = refusal(_import, file, tmp_path / "run")
         assert message in text
     assert "has 8 experts per layer" in refused(metadata={"llama.expert_count": 8})
     assert "has 128 tokens in a window" in refused(metadata={"llama.attention.sliding_window": 128})
     assert "rotates 8 features of heads of 16" in refused(metadata={"llama.rope.dimension_count": 8})
     assert "'llama-bpe' is not reproduced here" in refused(pre="llama-bpe")
     file.write_bytes(b"no weights at all")
-    assert "is no GGUF file: it begins with b'no w'" in _refusal(_import, file, tmp_path / "run")
-    assert "there is no such file" in _refusal(_import, tmp_path / "none.gguf", tmp_path / "run")
-    assert "is not there: name a .gguf file or a directory" in _refusal(_import, tmp_path / "no", tmp_path / "run")
+    assert "is no GGUF file: it begins with b'no w'" in refusal(_import, file, tmp_path / "run")
+    assert "there is no such file" in refusal(_import, tmp_path / "none.gguf", tmp_path / "run")
+    assert "is not there: name a .gguf file or a directory" in refusal(_import, tmp_path / "no", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -240,7 +233,7 @@ def test_directories_that_do_not_fit_are_refused_by_name(tmp_path):
         _write_directory(tmp_path / "model", config, state, num_shards=2)
         index = tmp_path / "model" / "model.safetensors.index.json"
         change(tmp_path / "model", index, json.loads(index.read_text())["weight_map"])
-        text = _refusal(_import, tmp_path / "model", tmp_path / "run")
+        text = refusal(_import, tmp_path / "model", tmp_path / "run")
         assert not (tmp_path / "run").exists()
         return text
 
@@ -276,7 +269,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path):
     state = random_state(config_json())
     state["model.norm.weight"] = np.where(np.arange(64) == 3, np.float32(np.inf), state["model.norm.weight"])
     _write_directory(tmp_path / "model", config_json(), state)
-    assert "model.norm.weight has 1 of 64 numbers that are NaN or infinite" in _refusal(
+    assert "model.norm.weight has 1 of 64 numbers that are NaN or infinite" in refusal(
         _import, tmp_path / "model", tmp_path / "run")
 
 
@@ -293,13 +286,13 @@ def test_a_tokenizer_with_more_tokens_than_embeddings_is_refused_and_one_with_fe
             _import(directory, tmp_path / "run")
             assert said in capsys.readouterr().out
         else:
-            assert "has ids up to 289, and config.model.vocab_size is 289" in _refusal(
+            assert "has ids up to 289, and config.model.vocab_size is 289" in refusal(
                 _import, directory, tmp_path / "run")
 
 
 def test_a_tokenizer_that_is_missing_is_asked_for_and_may_be_elsewhere_or_none(tmp_path):
     _write_directory(tmp_path / "model", config_json(), random_state(config_json()), tokenizer=False)
-    assert "tokenizer.json: No such file or directory; name a tokenizer.json with --tokenizer=PATH" in _refusal(
+    assert "tokenizer.json: No such file or directory; name a tokenizer.json with --tokenizer=PATH" in refusal(
         _import, tmp_path / "model", tmp_path / "run")
     _import(tmp_path / "model", tmp_path / "bytes", "--tokenizer=none")
     assert _opened(tmp_path / "bytes").config.data.tokenizer == ""
@@ -313,7 +306,7 @@ def test_a_package_that_is_missing_is_named_with_the_way_to_install_it(gguf_run,
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, package, None)  # makes `import` fail, installed or not
-    text = _refusal(_import, gguf_run.file, tmp_path / "run")
+    text = refusal(_import, gguf_run.file, tmp_path / "run")
     assert package in text and "pip install 'hnet-jax[pretrained]'" in text
 
 
@@ -331,13 +324,13 @@ def test_an_exported_directory_is_imported_as_the_same_run(gguf_run, tmp_path, d
     assert after.config == before.config and after.tokenizer.fingerprint == before.tokenizer.fingerprint
     _assert_equal(after.params, jax.tree.map(
         lambda leaf: leaf.astype(dtype).astype(jnp.float32), before.params))
-    assert "is there already; name another file" in _refusal(
+    assert "is there already; name another file" in refusal(
         _export, f"--workdir={gguf_run.run}", tmp_path / "model")
 
 
 def test_a_model_that_is_no_llama_is_not_exported(tmp_path):
     saved = SimpleNamespace(config=SimpleNamespace(model=one_stage_config()))  # its weights are not asked for
-    assert "a Llama has one stage and no chunks, and this model 2 stages" in _refusal(
+    assert "a Llama has one stage and no chunks, and this model 2 stages" in refusal(
         export_weights.export_llama, saved, tmp_path / "model", "float32")
     assert not (tmp_path / "model").exists()
 
