@@ -1,6 +1,7 @@
 """One function for all callers: every implementation under every kind of mask, against plain sums in float64."""
 import dataclasses
 import functools
+import importlib
 import sys
 
 import jax
@@ -22,11 +23,13 @@ from layers import (
     merge,
     token_info,
 )
+from layers.attention.blockwise import attend_blockwise
 from layers.attention.mask import pairs
 from tests.support.assertions import assert_matches
 from tests.support.block_sparse_cases import Case, draw_inputs, in_float32, values_and_gradients
 from tests.support.inputs import Draw
 
+attend_module = importlib.import_module("layers.attention.attend")
 DEFAULT = CAUSAL & SAME_SEGMENT
 GLOBALS = CAUSAL & SAME_SEGMENT & (Window(4) | Bits())
 SMALL = dict(t=33, s=33, width=8, value_width=8, block_q=8, block_k=8, density=0.8)
@@ -56,9 +59,16 @@ CASES = {name: dataclasses.replace(case, **{
     for name, case in CASES.items()}
 RUNS = {  # implementation, whether lists of blocks are given, other arguments
     "dense reference": ("reference", False, {}), "dense xla": ("xla", False, {}),
+    "dense blockwise": ("blockwise", False, {}),
     "reference": ("reference", True, {}), "xla": ("xla", True, {}),
     "pallas_tpu": ("pallas_tpu", True, {"interpret": True}),
 }
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Cuts rows as short as those here into several blocks, of which the last is not whole."""
+    monkeypatch.setattr(attend_module, "attend_blockwise", functools.partial(attend_blockwise, block=8))
 
 
 def _exact(case: Case, dense: bool):
