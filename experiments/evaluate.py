@@ -24,7 +24,7 @@ from experiments.errors import UsageError, run_command
 from experiments.runs.progress import Progress
 from experiments.runs.saved_run import SavedRun
 from experiments.training.batches import all_batches, held_out_batches, in_tokens
-from experiments.training.losses import Batch, apply_model, next_byte_nats, read_bytes, target_bytes, target_mask
+from experiments.training.losses import Batch, apply_model, next_token_nats, read_bytes, target_bytes, target_mask
 from experiments.training.mesh import batch_placer, make_mesh, use_mesh
 from hnet import HNetLM
 
@@ -83,7 +83,7 @@ def make_evaluate(
     def sums(params: Any, batch: Batch) -> dict[str, jax.Array]:
         output = apply_model(model, params, batch)
         counts = {
-            "nats": next_byte_nats(output.logits, batch),
+            "nats": next_token_nats(output.logits, batch),
             "targets": jnp.sum(target_mask(batch)),
             "bytes": target_bytes(batch),
             "read_bytes": read_bytes(batch),

@@ -17,7 +17,7 @@ from experiments.config import RunConfig
 from experiments.config.files import load_config
 from experiments.errors import UsageError
 from experiments.tasks import __main__ as tasks
-from experiments.training.losses import apply_model, next_byte_nats, target_mask
+from experiments.training.losses import apply_model, next_token_nats, target_mask
 from hnet import HNetLM
 from tests.support.assertions import FROZEN_FIRST_LOSS, FROZEN_LOSS
 from tests.support.runs import REPOSITORY, batches_of, finish, results, saved_steps, start
@@ -118,7 +118,7 @@ def test_the_quick_start_begins_with_the_same_loss():
         params = model.init(key, jnp.zeros((1, 8), jnp.int32))["params"]
         output = apply_model(model, params, batch)
         ratio = output.stages["stage0"].ratio_loss(config.tokens_per_chunk[0])
-        return next_byte_nats(output.logits, batch) / target_mask(batch).sum() + config.ratio_loss_weight * ratio
+        return next_token_nats(output.logits, batch) / target_mask(batch).sum() + config.ratio_loss_weight * ratio
 
     np.testing.assert_allclose(loss(jax.random.key(config.seed)), QUICKSTART_LOSSES[0], rtol=FROZEN_FIRST_LOSS)
 

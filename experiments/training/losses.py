@@ -33,8 +33,8 @@ def read_bytes(batch: Batch) -> jax.Array:
     return jnp.sum((batch["segment_ids"][:, :-1] != 0) * num_bytes, dtype=jnp.float32)
 
 
-def next_byte_nats(logits: jax.Array, batch: Batch) -> jax.Array:
-    """The sum of -log p over all bytes, or other tokens, to predict.
+def next_token_nats(logits: jax.Array, batch: Batch) -> jax.Array:
+    """Sums -log p over all tokens to predict, which are bytes for a model of bytes.
 
     `batch` holds t + 1 tokens a row for logits of the first t.
     """
@@ -76,7 +76,7 @@ def loss_fn(
     output = apply_model(model, params, batch)
     metrics = stage_metrics(output, read_bytes(batch))
     share = 1 / config.optimizer.accumulation_steps
-    cross_entropy = next_byte_nats(output.logits, batch) / jnp.maximum(num_targets, 1)
+    cross_entropy = next_token_nats(output.logits, batch) / jnp.maximum(num_targets, 1)
     loss = cross_entropy
     for index, stage in enumerate(output.stages.values()):
         target = targets_per_stage[index]

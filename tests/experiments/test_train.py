@@ -128,7 +128,7 @@ def test_eight_devices_train_as_one_does_and_compile_once(tiny, tmp_path, monkey
         return counted
 
     monkeypatch.setattr(train_step, "train_step", count(train_step.train_step))
-    monkeypatch.setattr(evaluate, "next_byte_nats", count(evaluate.next_byte_nats))
+    monkeypatch.setattr(evaluate, "next_token_nats", count(evaluate.next_token_nats))
     programs = []
 
     def compile_and_keep(*args):
@@ -137,7 +137,7 @@ def test_eight_devices_train_as_one_does_and_compile_once(tiny, tmp_path, monkey
 
     monkeypatch.setattr(train, "compile_program", compile_and_keep)
     assert train.main([f"--config={tiny}", f"--workdir={tmp_path}"]) == 0
-    assert sorted(traced) == ["next_byte_nats", "train_step"]
+    assert sorted(traced) == ["next_token_nats", "train_step"]
     assert programs[0].step._cache_size() == 1  # nor a second executable for the same trace
     assert_same_training(results(tmp_path), results(finished_run))
 
